@@ -1,0 +1,223 @@
+"""A base layer and the adapters it carries: which are active, which are merged, and the merging itself.
+
+A host knows the adapter contract and the weight-store contract, never a method or a quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapters.base import Adapter
+from deltaw.adapters.config import PeftConfig
+from deltaw.errors import AdapterError, MergeError
+from deltaw.weights import WeightStore, store_of
+
+__all__ = ["HostLayer", "host_layers"]
+
+
+class HostLayer(nn.Module):
+    """Wraps ``base_layer`` in place and holds any number of named adapters.
+
+    Attributes follow PEFT's layers: ``base_layer``, ``active_adapters``, ``merged_adapters``, ``disable_adapters``,
+    and one dictionary by adapter name for each kind of parameter (``lora_A``, ``scaling``, ...).
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._adapters: dict[str, Adapter] = {}
+        self._active: list[str] = []
+        self._disabled = False
+        self.merged_adapters: list[str] = []
+        self._kept: tuple[Any, Tensor | None] | None = None  # the base as it was before merging
+
+    # --- the base -----------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> WeightStore:
+        return store_of(self.base_layer)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    # --- the adapters -------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Adapter name -> view, in the order in which they were added."""
+        return self._adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self._active
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def slot(self, name: str, kind: type) -> Any:
+        """The dictionary ``name`` of this host, made on first use (ModuleDict, ParameterDict or dict)."""
+        if not hasattr(self, name):
+            setattr(self, name, kind())
+        return getattr(self, name)
+
+    def add(self, method: type[Adapter], name: str, config: PeftConfig, layer_name: str) -> Adapter:
+        """Creates adapter ``name`` of ``method`` on this layer; it is not active yet.
+
+        Raises:
+            AdapterError: an adapter of that name is here already.
+        """
+        if name in self._adapters:
+            raise AdapterError(f"adapter {name!r} already exists on {layer_name!r}; delete it or use another name")
+        adapter = method.create(self, name, config, layer_name)
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+        self._adapters[name] = adapter
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Takes adapter ``name`` away; a merged one is unmerged first."""
+        if name in self.merged_adapters:
+            self.unmerge([name])
+        self._adapters.pop(name).remove()
+        self._active = [n for n in self._active if n != name]
+
+    def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
+        """Activates those of ``names`` that this layer has; their parameters train when ``trainable``."""
+        self._active = [name for name in names if name in self._adapters]
+        for name, adapter in self._adapters.items():
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(trainable and name in self._active)
+
+    # PEFT's spelling
+    set_adapter = set_active
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches all adapters of this layer on or off; off means the bare base, so merged ones come out first."""
+        if not enabled and self.merged_adapters:
+            self.unmerge()
+        self._disabled = not enabled
+
+    def active(self) -> list[Adapter]:
+        """The adapters that take part in forward now (none when disabled)."""
+        return [] if self._disabled else [self._adapters[name] for name in self._active]
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [] if self.merged_adapters else self.active()
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted(x, active, *args, **kwargs)
+
+    def adapted(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward through the base and the active adapters; a kind of layer overrides it for one fused step."""
+        out = self.base_layer(x, *args, **kwargs)
+        for adapter in active:
+            out = adapter.forward(x, out)
+        return out
+
+    # --- merging ------------------------------------------------------------------------------------------------
+
+    def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) in the base's dtype with ``names`` folded in: added in float32, rounded once.
+
+        Raises:
+            MergeError: an adapter of a kind that has no ΔW, or a result that is not finite.
+        """
+        store = self.store
+        weight = store.dequantize().detach().to(torch.float32)
+        bias = None if self.bias is None else self.bias.detach().to(torch.float32)
+        for name in names:
+            adapter = self._adapters[name]
+            if not adapter.mergeable:
+                raise MergeError(f"adapter {name!r} ({type(adapter).__name__}) has no weight update to merge")
+            weight = adapter.merged_weight(weight)
+            bias = adapter.merged_bias(bias)
+        weight = weight.to(store.dtype)
+        bias = None if bias is None or self.bias is None else bias.to(self.bias.dtype)
+        if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+            raise MergeError(f"merging {list(names)} gives weights that are not finite; the base was left as it was")
+        return weight, bias
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.store.requantize_(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str], keep: bool = True) -> None:
+        """Folds ``names`` into the base weight.
+
+        Args:
+            keep: keep a copy of the base, so that :meth:`unmerge` brings it back bitwise.
+
+        Raises:
+            MergeError: one of them is merged already, or the result is not finite.
+        """
+        twice = [name for name in names if name in self.merged_adapters]
+        if twice:
+            raise MergeError(f"adapters {twice} are merged already; call unmerge_adapter() before merging again")
+        names = [name for name in names if name in self._adapters]
+        if not names:
+            return
+        if self._kept is not None:
+            # start again from the base, so that the sum is rounded once, however many merges it took
+            self._restore()
+            names = [*self.merged_adapters, *names]
+        weight, bias = self.merged_tensors(names)
+        if keep:
+            self._kept = (self.store.keep(), None if self.bias is None else self.bias.detach().clone())
+        self.write(weight, bias)
+        self.merged_adapters = list(names)
+
+    @torch.no_grad()
+    def unmerge(self, names: Sequence[str] | None = None) -> None:
+        """Takes ``names`` (default: all) out of the base; with none left the base is bitwise what it was."""
+        if not self.merged_adapters:
+            return
+        if self._kept is None:
+            raise MergeError("the base was merged without keeping a copy, so it cannot be unmerged; reload the model")
+        left = [name for name in self.merged_adapters if names is not None and name not in names]
+        self._restore()
+        if left:
+            self.write(*self.merged_tensors(left))
+            self.merged_adapters = left
+        else:
+            self._kept = None
+            self.merged_adapters = []
+
+    def _restore(self) -> None:
+        assert self._kept is not None
+        weight, bias = self._kept
+        self.store.restore_(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+
+def host_layers(model: nn.Module) -> Iterator[tuple[str, HostLayer]]:
+    """(name, host) for every layer of ``model`` that carries adapters."""
+    for name, module in model.named_modules():
+        if isinstance(module, HostLayer):
+            yield name, module

@@ -1,0 +1,224 @@
+"""Which layers a config means: ``target_modules`` and its companions, resolved against a model.
+
+Everything that matches nothing is collected and reported in one error, with the nearest names. Knows nothing of methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+from torch import nn
+
+from deltaw.adapters.host import HostLayer
+from deltaw.adapters.hosts import host_type
+from deltaw.adapters.saved import ModulesToSaveWrapper
+from deltaw.errors import TargetError, did_you_mean
+from deltaw.modules import layer_index, matches, split_name
+
+__all__ = ["CUSTOMARY_TARGETS", "Targets", "resolve"]
+
+log = logging.getLogger("deltaw")
+
+ALL_LINEAR = "all-linear"
+CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
+
+#: model_type -> the layers adapted when target_modules is not given (PEFT's choices)
+CUSTOMARY_TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(
+        [
+            "bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2",
+            "gemma3_text", "qwen2", "qwen3",
+        ],
+        ["q_proj", "v_proj"],
+    ),
+    **dict.fromkeys(["bloom", "gpt_neox", "falcon"], ["query_key_value"]),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra"], ["query", "value"]),
+    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Targets:
+    """The outcome: which modules get an adapter, and which are trained whole."""
+
+    adapted: dict[str, nn.Module]
+    saved: dict[str, nn.Module]
+    #: what matched nothing, in words; an error unless the config came from a file
+    notes: list[str]
+
+
+def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
+    """Finds the modules that ``config`` names, and writes the resolved ``target_modules`` back into it.
+
+    Args:
+        strict: an entry or pattern that matches nothing is an error; otherwise a note (PEFT writes such configs).
+
+    Raises:
+        TargetError: nothing matches, a match cannot carry an adapter, or (strict) something is left unmatched.
+    """
+    kind = type(model).__name__
+    candidates = _candidates(model)
+    if config.target_modules is None:
+        config.target_modules = _customary(model, kind)
+    spec = config.target_modules
+    faults: list[str] = []
+    notes: list[str] = []
+
+    saved = {name: m for name, m in candidates.items() if matches(name, config.modules_to_save or [])}
+    barred = _inside(saved)
+    if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
+        adapted = _all_linear(model, candidates, config)
+        adapted = {name: m for name, m in adapted.items() if not _excluded(name, config, barred)}
+        adapted = _only_layers(adapted, config)
+        if adapted:
+            config.target_modules = _shortest_names(adapted, candidates)
+    else:
+        named = {name: m for name, m in candidates.items() if matches(name, spec)}
+        wanted = {name: m for name, m in named.items() if not _excluded(name, config, barred)}
+        adapted = _only_layers(wanted, config)
+        if not isinstance(spec, str):
+            lost = [entry for entry in sorted(spec) if not any(matches(name, [entry]) for name in named)]
+            adaptable = {split_name(name)[1] for name, m in candidates.items() if host_type(m)}
+            for entry in lost:
+                notes.append(
+                    f"target_modules entry {entry!r} matches no layer of {kind}"
+                    f"{did_you_mean(entry, adaptable) or _listing(adaptable)}"
+                )
+    for name, module in adapted.items():
+        if host_type(module) is None:
+            faults.append(f"target_modules matches {name!r}, a {type(module).__name__}, which cannot carry an adapter")
+        elif isinstance(model.get_submodule(split_name(name)[0]), nn.MultiheadAttention):
+            # it reads the weight of its projection and never calls it: an adapter there would do nothing
+            faults.append(f"target_modules matches {name!r} inside nn.MultiheadAttention, which never calls it")
+
+    if not adapted:
+        everything = {split_name(name)[1] for name, m in candidates.items() if host_type(m)}
+        shown = sorted(spec) if not isinstance(spec, str) else spec
+        guesses = "" if isinstance(spec, str) else "".join(did_you_mean(entry, everything) for entry in sorted(spec))
+        faults.append(
+            f"target_modules {shown!r}{_narrowing(config)} match no layer of {kind}{guesses or _listing(everything)}"
+        )
+    else:
+        notes += _unmatched_companions(config, candidates, adapted, saved, kind)
+    if strict or not adapted:
+        faults += notes
+    if faults:
+        raise TargetError("cannot place the adapter:\n" + "\n".join(f"  - {fault}" for fault in dict.fromkeys(faults)))
+    for note in notes:
+        log.warning("%s", note)
+    return Targets(adapted, saved, notes)
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module an adapter could be asked for: those inside hosts and saved copies are left out."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for key, child in module.named_children():
+            name = f"{prefix}.{key}" if prefix else key
+            found[name] = child
+            if not isinstance(child, (HostLayer, ModulesToSaveWrapper)):
+                walk(child, name)
+
+    walk(model, "")
+    return found
+
+
+def _customary(model: nn.Module, kind: str) -> list[str]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in CUSTOMARY_TARGETS:
+        raise TargetError(
+            f"target_modules is not set, and there is no customary choice for {kind} (model_type {model_type!r}); "
+            "set it to a list of layer names or to 'all-linear'"
+        )
+    return CUSTOMARY_TARGETS[model_type]
+
+
+def _all_linear(model: nn.Module, candidates: dict[str, nn.Module], config: Any) -> dict[str, nn.Module]:
+    """Every linear layer but the output head (of language models) or the classifier (of classification models)."""
+    heads: list[nn.Module] = []
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is not None:
+            heads.append(head)
+        elif config.task_type == "SEQ_CLS":
+            heads += [getattr(model, name) for name in CLASSIFIER_HEADS if hasattr(model, name)][:1]
+    return {
+        name: module
+        for name, module in candidates.items()
+        if host_type(module, linear=True) and not any(module is head for head in heads)
+    }
+
+
+def _inside(saved: dict[str, nn.Module]) -> tuple[str, ...]:
+    return tuple(saved)
+
+
+def _excluded(name: str, config: Any, barred: tuple[str, ...]) -> bool:
+    if any(name == prefix or name.startswith(f"{prefix}.") for prefix in barred):
+        return True  # trained whole: an adapter on top would train the same thing twice
+    return bool(config.exclude_modules) and matches(name, config.exclude_modules)
+
+
+def _only_layers(found: dict[str, nn.Module], config: Any) -> dict[str, nn.Module]:
+    indices = _indices(config)
+    if not indices:
+        return found
+    return {name: m for name, m in found.items() if layer_index(name, config.layers_pattern) in indices}
+
+
+def _indices(config: Any) -> list[int]:
+    chosen = config.layers_to_transform
+    return [] if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def _narrowing(config: Any) -> str:
+    parts = [
+        f"{field}={getattr(config, field)!r}"
+        for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if getattr(config, field)
+    ]
+    return f" (with {', '.join(parts)})" if parts else ""
+
+
+def _listing(names: set[str]) -> str:
+    return f"; its layers are {', '.join(sorted(names)[:12])}" if names else "; it has no layer that can be adapted"
+
+
+def _unmatched_companions(
+    config: Any,
+    candidates: dict[str, nn.Module],
+    adapted: dict[str, nn.Module],
+    saved: dict[str, nn.Module],
+    kind: str,
+) -> list[str]:
+    """Words on patterns, layer numbers and modules_to_save that matched nothing."""
+    notes = []
+    ends = {split_name(name)[1] for name in adapted}
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field) or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted):
+                notes.append(f"{field} key {key!r} matches no adapted layer{did_you_mean(key, ends) or _listing(ends)}")
+    for entry in config.modules_to_save or []:
+        if not any(matches(name, [entry]) for name in saved):
+            known = {split_name(name)[1] for name in candidates}
+            notes.append(f"modules_to_save entry {entry!r} matches no module of {kind}{did_you_mean(entry, known)}")
+    there = {layer_index(name, config.layers_pattern) for name in candidates}
+    for index in _indices(config):
+        if index not in there:
+            top = max((i for i in there if i is not None), default=None)
+            notes.append(f"layers_to_transform {index} is not a layer of {kind} (its layers are 0 to {top})")
+    excluded = config.exclude_modules
+    if excluded and not any(matches(name, excluded) for name in candidates):
+        notes.append(f"exclude_modules {excluded!r} matches no module of {kind}")
+    return notes
+
+
+def _shortest_names(adapted: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> set[str]:
+    """The last parts of the names when they mean exactly these layers, else the full names."""
+    ends = {split_name(name)[1] for name in adapted}
+    return ends if {n for n in candidates if matches(n, ends)} == set(adapted) else set(adapted)

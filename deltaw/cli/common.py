@@ -1,0 +1,163 @@
+"""What every verb shares: errors as short messages, results for people or for machines, loading an adapter.
+
+Knows nothing of any one verb.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from deltaw.errors import ConfigError, DeltawError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deltaw.config import RunConfig
+
+__all__ = ["DEBUG", "AsJson", "Loaded", "emit", "guarded", "load_adapted", "say", "working"]
+
+DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")
+]
+Adapter = Annotated[str | None, typer.Option("--adapter", "-a", help="Folder of the adapter.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Base model; unset: the one that the adapter names.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+
+
+def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The verb, with mistakes told in a few red words (exit 2) and Ctrl-C obeyed quietly (exit 130)."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(*args, **kwargs)
+        except DeltawError as error:
+            if DEBUG.get():
+                raise
+            say().print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            if DEBUG.get():
+                raise
+            say().print("[yellow]stopped[/]")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def say() -> Console:
+    """Where messages for people go: standard error, so that standard output holds results alone."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False)
+
+
+def emit(result: dict[str, Any], as_json: bool, human: Callable[[Console], object]) -> None:
+    """The result: one JSON object, or whatever ``human`` draws; on standard output either way."""
+    if as_json:
+        print(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str))
+        return
+    from rich.console import Console
+
+    human(Console(highlight=False))
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """While work is done, what libraries print goes to standard error, and their chatter stays away."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+class Loaded(NamedTuple):
+    """A model ready to answer, its tokenizer, its name, and the run that trained its adapter (if it says)."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    run: RunConfig | None
+
+
+def load_adapted(model: str | None, adapter: str | None, dtype: str = "auto") -> Loaded:
+    """The base with the adapter on it; the tokenizer, and so the chat template, is the adapter's own.
+
+    Raises:
+        ConfigError: neither is given, or the adapter's folder holds none.
+        DeltawError: whatever loading finds wrong.
+    """
+    if model is None and adapter is None:
+        raise ConfigError("nothing to load: give --adapter FOLDER, or --model NAME for a base alone")
+    run = None
+    if adapter is not None:
+        _require_adapter(adapter)
+        if (Path(adapter) / "run.yaml").is_file():
+            from deltaw.config import load_run_config
+
+            run = load_run_config(Path(adapter) / "run.yaml")
+    from deltaw.loading import load_model, load_tokenizer
+
+    if adapter is None:
+        assert model is not None
+        return Loaded(_placed(load_model(model, dtype=dtype)), load_tokenizer(model), model, run)
+    from deltaw.model import PeftConfig, PeftModel
+
+    name = model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not name:
+        raise ConfigError(f"{adapter} does not name its base model: give it with --model")
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(adapter if own else name)
+    adapted = PeftModel.from_pretrained(load_model(name, dtype=dtype), adapter)
+    return Loaded(_placed(adapted), tokenizer, name, run)
+
+
+def _placed(model: Any) -> Any:
+    """On the GPU where there is one, and ready to answer."""
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _require_adapter(adapter: str) -> None:
+    folder = Path(adapter)
+    if (folder / "adapter_config.json").is_file():
+        return
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise ConfigError(f"--adapter {adapter}: no such folder{did_you_mean(folder.name, siblings)}")
+    inside = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
+    cure = f"; did you mean {os.path.join(adapter, inside[-1])}?" if inside else ""
+    raise ConfigError(f"--adapter {adapter}: it has no adapter_config.json{cure}")
+
+
+def _plain(text: str) -> str:
+    """Square brackets as themselves, not as markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

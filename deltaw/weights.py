@@ -1,0 +1,133 @@
+"""How a base weight is kept: the weight-store contract, and its dense store.
+
+A store is a handle on one weight of one module. It reads (``dequantize``), is written (``requantize_``) and
+multiplies (``linear``). Whoever adapts a weight sees only this contract, so a quantized weight is one new store and
+one :func:`register_store` line. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["DenseStore", "WeightStore", "has_store", "register_store", "store_of"]
+
+
+class WeightStore(ABC):
+    """A handle on one weight matrix of shape (out, in).
+
+    ``shape`` and ``numel`` are those of the logical weight; ``dtype`` is what :meth:`dequantize` returns.
+    """
+
+    def __init__(self, module: nn.Module, name: str = "weight") -> None:
+        self.module = module
+        self.name = name
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the weight itself is being trained (a quantized weight never is)."""
+        return False
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The weight as a plain tensor (out, in); for a dense store the very parameter, not a copy."""
+
+    @abstractmethod
+    def requantize_(self, weight: Tensor) -> None:
+        """Writes ``weight`` (out, in), rounding to what the store can hold."""
+
+    @abstractmethod
+    def keep(self) -> Any:
+        """All that :meth:`restore_` needs to bring the present weight back bitwise."""
+
+    @abstractmethod
+    def restore_(self, kept: Any) -> None:
+        """Undoes writes made since :meth:`keep`, bitwise."""
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) -> x W^T + bias, (..., out)."""
+        return F.linear(x, self.dequantize(), bias)
+
+
+class DenseStore(WeightStore):
+    """A weight kept as an ordinary parameter."""
+
+    @property
+    def parameter(self) -> Tensor:
+        # looked up at each use: .to(), FSDP and weight tying replace the parameter under our feet
+        return getattr(self.module, self.name)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.parameter.requires_grad
+
+    def dequantize(self) -> Tensor:
+        return self.parameter
+
+    @torch.no_grad()
+    def requantize_(self, weight: Tensor) -> None:
+        self.parameter.copy_(weight)
+
+    def keep(self) -> Tensor:
+        return self.parameter.detach().clone()
+
+    @torch.no_grad()
+    def restore_(self, kept: Tensor) -> None:
+        self.parameter.copy_(kept)
+
+
+_STORES: list[tuple[type[nn.Module], Callable[[nn.Module], WeightStore]]] = []
+
+
+def register_store(module_type: type[nn.Module], make: Callable[[nn.Module], WeightStore]) -> None:
+    """Says how a kind of module keeps its weight; the newest registration that fits a module wins."""
+    _STORES.insert(0, (module_type, make))
+
+
+def has_store(module: nn.Module) -> bool:
+    """Whether the weight of ``module`` can be adapted."""
+    return any(isinstance(module, kind) for kind, _ in _STORES)
+
+
+def store_of(module: nn.Module) -> WeightStore:
+    """The store of ``module``'s weight.
+
+    Raises:
+        TypeError: no store is registered for the type of ``module``.
+    """
+    for kind, make in _STORES:
+        if isinstance(module, kind):
+            return make(module)
+    raise TypeError(f"no weight store for {type(module).__name__}; register one with deltaw.weights.register_store")
+
+
+register_store(nn.Linear, DenseStore)

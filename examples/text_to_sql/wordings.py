@@ -1,0 +1,178 @@
+"""The wordings: how each kind of question is asked, in the training wordings and in the held-out ones.
+
+A held-out wording is another way to say the same thing, not a training one with a word changed; it also has
+words of its own for "above", "highest", ... and other ways to state a condition. Knows nothing of tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["HELD_OUT", "TRAIN", "Wordings"]
+
+# Slots: {rows} noun of the table's rows   {c} measured column   {agg} "average", ...   {cat} grouping column
+#        {label} what is listed, plural    {where} condition     {k} how many            {top} "highest", ...
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """One side's wordings.
+
+    Attributes:
+        frames: sentences by kind of question.
+        equal: conditions ``{c}`` = ``{x}``.
+        compare: conditions on ``{c}``, with ``{op}`` from ``ops``.
+        ops: words for ``>``, ``<``, ``>=``, ``<=`` with ``{x}``.
+        aggs: adjectives for ``avg``, ``sum``, ``min``, ``max``.
+        tops: adjectives for ``desc``, ``asc``.
+    """
+
+    frames: dict[str, tuple[str, ...]]
+    equal: tuple[str, ...]
+    compare: tuple[str, ...]
+    ops: dict[str, tuple[str, ...]]
+    aggs: dict[str, tuple[str, ...]]
+    tops: dict[str, tuple[str, ...]]
+
+
+TRAIN = Wordings(
+    frames={
+        "aggregate": (
+            "What is the {agg} {c} of all {rows}?",
+            "Give the {agg} {c}.",
+            "Find the {agg} {c} of the {rows}.",
+            "Show the {agg} {c} over all {rows}.",
+            "Compute the {agg} {c} of all {rows}.",
+            "What is the {agg} {c}?",
+            "Tell me the {agg} {c} of the {rows}.",
+            "For all {rows}, what is the {agg} {c}?",
+            "I need the {agg} {c} of the {rows}.",
+        ),
+        "filter": (
+            "What is the {agg} {c} of {rows} {where}?",
+            "Give the {agg} {c} for {rows} {where}.",
+            "For {rows} {where}, what is the {agg} {c}?",
+            "Find the {agg} {c} among {rows} {where}.",
+            "Compute the {agg} {c} of the {rows} {where}.",
+            "Show the {agg} {c} over {rows} {where}.",
+            "Tell me the {agg} {c} of {rows} {where}.",
+            "I need the {agg} {c} for the {rows} {where}.",
+            "Among {rows} {where}, find the {agg} {c}.",
+        ),
+        "count": (
+            "How many {rows} are there {where}?",
+            "How many {rows} {where} are there?",
+            "Count the {rows} {where}.",
+            "What is the number of {rows} {where}?",
+            "Give the number of {rows} {where}.",
+            "Find how many {rows} there are {where}.",
+            "Tell me the count of {rows} {where}.",
+            "I need the number of {rows} {where}.",
+            "Show how many {rows} exist {where}.",
+        ),
+        "compare": (
+            "List the {label} of {rows} {where}.",
+            "What are the {label} of the {rows} {where}?",
+            "Show the {label} of all {rows} {where}.",
+            "Give the {label} for {rows} {where}.",
+            "Find the {label} of {rows} {where}.",
+            "For {rows} {where}, list the {label}.",
+            "Which {label} belong to {rows} {where}?",
+            "Tell me the {label} of the {rows} {where}.",
+            "I need the {label} of all {rows} {where}.",
+        ),
+        "top": (
+            "List the {label} of the {k} {rows} with the {top} {c}.",
+            "What are the {label} of the {k} {rows} with the {top} {c}?",
+            "Which {k} {label} have the {top} {c}?",
+            "Give the {k} {label} with the {top} {c}.",
+            "Show the {label} of the {k} {rows} that have the {top} {c}.",
+            "Find the {k} {rows} with the {top} {c} and give their {label}.",
+            "For the {k} {rows} with the {top} {c}, list the {label}.",
+            "Tell me the {k} {label} that have the {top} {c}.",
+            "By {c}, what are the {label} of the {k} {top} {rows}?",
+        ),
+        "group": (
+            "What is the {agg} {c} for each {cat}?",
+            "Give the {agg} {c} per {cat}.",
+            "Show the {agg} {c} of the {rows} by {cat}.",
+            "List each {cat} with its {agg} {c}.",
+            "For each {cat}, what is the {agg} {c}?",
+            "Find the {agg} {c} of {rows} for every {cat}.",
+            "Compute the {agg} {c} grouped by {cat}.",
+            "For every {cat}, give the {agg} {c} of the {rows}.",
+            "I need the {agg} {c} in each {cat}.",
+        ),
+    },
+    equal=("whose {c} is {x}", "with {c} {x}", "where {c} is {x}", "where the {c} equals {x}"),
+    compare=("with {c} {op}", "whose {c} is {op}", "where {c} is {op}", "that have {c} {op}"),
+    ops={
+        ">": ("above {x}", "over {x}", "more than {x}"),
+        "<": ("below {x}", "under {x}", "less than {x}"),
+        ">=": ("at least {x}", "{x} or more"),
+        "<=": ("at most {x}", "{x} or less"),
+    },
+    aggs={
+        "avg": ("average", "mean"),
+        "sum": ("total", "summed"),
+        "min": ("minimum", "lowest"),
+        "max": ("maximum", "highest"),
+    },
+    tops={"desc": ("highest", "largest"), "asc": ("lowest", "smallest")},
+)
+
+HELD_OUT = Wordings(
+    frames={
+        "aggregate": (
+            "Taking the {rows} all together, report their {agg} {c}.",
+            "Could you work out the {agg} {c} across the whole table?",
+            "Looking at every one of the {rows}, what does the {agg} {c} come to?",
+            "We would like to know the {agg} {c} on record.",
+        ),
+        "filter": (
+            "Looking only at {rows} {where}, what does the {agg} {c} come to?",
+            "Take just the {rows} {where} and report their {agg} {c}.",
+            "Could you work out the {agg} {c} across all {rows} {where}?",
+            "We are interested in {rows} {where}: how much is their {agg} {c}?",
+        ),
+        "count": (
+            "Can you say what number of {rows} we have {where}?",
+            "Work out the size of the group of {rows} {where}.",
+            "Please tally up all {rows} {where}.",
+            "In total, how many of the {rows} do we see {where}?",
+        ),
+        "compare": (
+            "Look up {rows} {where} and return their {label}.",
+            "We only care about {rows} {where}: print their {label}.",
+            "Out of all {rows}, pick those {where} and report the {label}.",
+            "Could you write down the {label} for any {rows} {where}?",
+        ),
+        "top": (
+            "Rank the {rows} by {c} and return the {label} of the {k} {top}.",
+            "Going by {c}, pick the {k} {top} {rows} and report their {label}.",
+            "Sort the {rows} so that the {top} {c} comes first, then print the first {k} {label}.",
+            "Could you write down the {label} for the {k} {rows} where {c} is {top}?",
+        ),
+        "group": (
+            "Break the {agg} {c} down by {cat}.",
+            "How does the {agg} {c} differ from one {cat} to the next?",
+            "Split the {rows} by {cat} and work out the {agg} {c} of every group.",
+            "Report all the {cat} values together with the {agg} {c} found in them.",
+        ),
+    },
+    equal=("having {c} equal to {x}", "that have {x} as their {c}", "for which the {c} is {x}"),
+    compare=("having {c} {op}", "for which the {c} is {op}", "that show {c} {op}"),
+    ops={
+        ">": ("greater than {x}", "higher than {x}", "larger than {x}"),
+        "<": ("lower than {x}", "smaller than {x}", "less than {x}"),
+        ">=": ("{x} or higher", "at least {x}", "no lower than {x}"),
+        "<=": ("{x} or lower", "at most {x}", "no higher than {x}"),
+    },
+    aggs={
+        "avg": ("average", "mean"),
+        "sum": ("combined", "total"),
+        "min": ("smallest", "minimum"),
+        "max": ("largest", "maximum"),
+    },
+    tops={"desc": ("greatest", "highest"), "asc": ("lowest", "smallest")},
+)
