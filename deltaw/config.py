@@ -360,13 +360,13 @@ def load_run_config(path: str | Path | None, overrides: Mapping[str, Any] | None
 def _validate(given: Mapping[str, Any]) -> tuple[RunConfig | None, list[Fault]]:
     """The run, or every fault: those of single keys, then those of keys together among the good ones."""
     try:
-        return RunConfig(**given), []
+        return RunConfig.model_validate(dict(given)), []
     except ValidationError as error:
         faults = [fault for one in error.errors() for fault in _faults_of(one, given)]
     bad = {fault.key for fault in faults}
     stand_in = {key: "?" for key, field in RunConfig.model_fields.items() if field.is_required()}
     try:
-        RunConfig(**stand_in | {key: value for key, value in given.items() if key not in bad})
+        RunConfig.model_validate(stand_in | {key: given[key] for key in given if key not in bad})
     except ValidationError as error:
         again = [fault for one in error.errors() for fault in _faults_of(one, given)]
         faults += [fault for fault in again if fault.key not in bad]

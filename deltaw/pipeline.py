@@ -13,13 +13,14 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback
 
-from deltaw import LoraConfig
+from deltaw import LoraConfig, PeftModel
 from deltaw.config import RunConfig
 from deltaw.data import (
     CheckReport,
@@ -129,7 +130,8 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
     data.tokenizer.save_pretrained(output_dir)
     trainer.save_state()
     _write(output_dir / "run.yaml", config.to_yaml())
-    parity = verify_saved(trainer.model, output_dir, data.rendered)
+    fresh_base = None if config.bias == "none" else partial(load_base, config)
+    parity = verify_saved(trainer.model, output_dir, data.rendered, fresh_base)
     tell(f"reloaded: {parity}")
     results = {
         **metrics,
@@ -200,8 +202,10 @@ def load_base(config: RunConfig) -> Any:
 
 def make_trainer(config: RunConfig, model: Any, data: RunData, progress: ProgressCallback) -> SFTTrainer:
     """A trainer with the run's adapters injected into ``model``."""
-    arguments = config.pick(field.name for field in dataclasses.fields(SFTConfig) if field.init)
-    arguments.pop("resume_from_checkpoint", None)  # it goes to train()
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    arguments = config.pick(known - {"resume_from_checkpoint"})  # that goes to train()
+    if "activation_checkpointing" in known:  # transformers' new name; the old one warns
+        arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing") or None
     adapter = config.pick(field.name for field in dataclasses.fields(LoraConfig) if field.init)
     trainer = SFTTrainer(
         model=model,
@@ -216,37 +220,47 @@ def make_trainer(config: RunConfig, model: Any, data: RunData, progress: Progres
     return trainer
 
 
-def verify_saved(model: Any, folder: str | Path, rendered: list[Rendered]) -> Parity:
-    """Reads the adapter in ``folder`` beside the trained one, on the same base, and compares their logits.
+def verify_saved(
+    model: Any, folder: str | Path, rendered: list[Rendered], fresh_base: Callable[[], Any] | None = None
+) -> Parity:
+    """Reads the adapter in ``folder`` back from disk and compares its logits with the trained one's.
 
-    The model is left as it was found.
+    Args:
+        model: the trained ``PeftModel``; it is left as it was found.
+        folder: where its adapter was saved.
+        rendered: training examples; the shortest few are compared on.
+        fresh_base: loads another base to put the adapter on; None puts it beside the trained one on the same
+            base, which needs no second copy of the weights but is wrong where the base's biases were trained.
 
     Raises:
         CheckpointError: the adapter read back is not the trained one, or it does not change the base.
     """
-    name = "reloaded"
-    trained_name = model.active_adapter
     shortest = sorted(rendered, key=lambda one: len(one.input_ids))[:_PROBES]
     batch = Collator(pad_token_id=0)([one.as_features() for one in shortest])
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
     seen = batch["attention_mask"].bool()
 
-    def logits() -> torch.Tensor:  # (tokens, vocabulary)
-        return model(**inputs).logits.float().cpu()[seen]
+    def logits(of: Any) -> torch.Tensor:  # (tokens, vocabulary)
+        with inference(of):
+            return of(**inputs).logits.float().cpu()[seen]
 
-    with inference(model):
-        trained = logits()
+    trained = logits(model)
+    if fresh_base is not None:
+        other = fresh_base().to(device)
+        base = logits(other)
+        reloaded = logits(PeftModel.from_pretrained(other, str(folder)))
+    else:
         with model.disable_adapter():
-            base = logits()
-    model.load_adapter(str(folder), adapter_name=name)
-    try:
-        model.set_adapter(name)
-        with inference(model):
-            reloaded = logits()
-    finally:
-        model.set_adapter(trained_name)
-        model.delete_adapter(name)
+            base = logits(model)
+        trained_name = model.active_adapter
+        model.load_adapter(str(folder), adapter_name="reloaded")
+        try:
+            model.set_adapter("reloaded")
+            reloaded = logits(model)
+        finally:
+            model.set_adapter(trained_name)
+            model.delete_adapter("reloaded")
     parity = Parity(
         trained=float((reloaded - trained).abs().max()),
         base=float((reloaded - base).abs().max()),

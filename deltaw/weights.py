@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DenseStore", "WeightStore", "has_store", "register_store", "store_of"]
+__all__ = ["DenseStore", "WeightStore", "has_store", "register_store", "store_of", "wide"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if that is what it is: the precision in which updates are added up."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class WeightStore(ABC):
@@ -127,7 +132,9 @@ def store_of(module: nn.Module) -> WeightStore:
     for kind, make in _STORES:
         if isinstance(module, kind):
             return make(module)
-    raise TypeError(f"no weight store for {type(module).__name__}; register one with deltaw.weights.register_store")
+    raise TypeError(
+        f"no weight store for {type(module).__name__}; register one with deltaw.weights.register_store"
+    )
 
 
 register_store(nn.Linear, DenseStore)

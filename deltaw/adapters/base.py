@@ -86,7 +86,7 @@ class Adapter(ABC):
     def remove(self) -> None:
         """Takes this adapter's parameters off the host."""
         for slot in (*self.parameter_slots, *self.value_slots):
-            held: Any = getattr(self.host, slot)
+            held: Any = getattr(self.host, slot, {})
             if self.name in held:
                 del held[self.name]
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import logging
 import os
+import types
+import typing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -78,7 +81,12 @@ class PeftConfig:
 
     def faults(self) -> list[str]:
         """All that is wrong with the values, one line each; a method adds its own."""
-        faults = []
+        hints = _hints(type(self))
+        faults = [
+            f"{f.name}={getattr(self, f.name)!r}: {_words(hints[f.name])} is needed"
+            for f in dataclasses.fields(self)
+            if not _fits(getattr(self, f.name), hints[f.name])
+        ]
         if self.task_type is not None and self.task_type not in list(TaskType):
             names = [t.value for t in TaskType]
             faults.append(
@@ -87,7 +95,9 @@ class PeftConfig:
             )
         for field in dataclasses.fields(self):
             if field.name in self.unsupported:
-                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                default = (
+                    field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                )
                 value = getattr(self, field.name)
                 if value != default and value:
                     faults.append(
@@ -126,12 +136,13 @@ class PeftConfig:
                 )
             else:
                 log.warning("%s: unknown setting %s=%r has no effect here", where, key, value)
+        try:
+            config = cls(**ours)
+        except ConfigError as error:
+            faults += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
         if faults:
             raise ConfigError(f"cannot use {where}:\n" + "\n".join(f"  - {fault}" for fault in faults))
-        try:
-            return cls(**ours)
-        except ConfigError as error:
-            raise ConfigError(f"cannot use {where}: {error}") from None
+        return config  # pyright: ignore[reportPossiblyUnboundVariable] (unbound only when there are faults)
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -143,7 +154,9 @@ class PeftConfig:
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        written = {key: value for key, value in {**self.to_dict(), **values}.items() if key not in self.unsaved}
+        written = {
+            key: value for key, value in {**self.to_dict(), **values}.items() if key not in self.unsaved
+        }
         part = folder / f".{CONFIG_NAME}.{os.getpid()}.part"
         try:
             part.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -153,7 +166,10 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> PeftConfig:
         """Reads the config of an adapter folder (or hub id); the class follows its ``peft_type``.
 
@@ -170,7 +186,9 @@ class PeftConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON ({error}); the adapter folder is damaged") from error
+            raise CheckpointError(
+                f"{path} is not valid JSON ({error}); the adapter folder is damaged"
+            ) from error
         if not isinstance(values, dict) or not values.get("peft_type"):
             raise CheckpointError(f"{path} has no 'peft_type': it does not describe an adapter")
         config = config_class(values["peft_type"]).from_dict(values, where=str(path))
@@ -178,6 +196,7 @@ class PeftConfig:
             if not hasattr(config, key):
                 raise ConfigError(f"{key!r} is not a field of {type(config).__name__}")
             setattr(config, key, value)
+        config.__post_init__()
         return config
 
 
@@ -209,6 +228,35 @@ def find_file(
         raise CheckpointError(
             f"no adapter at {str(name)!r}: not a folder here, and the hub gave no {filename} ({type(error).__name__})"
         ) from error
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value, as code or a JSON file gives it, is of a field's declared type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in inner)
+    if origin in (list, set):
+        return isinstance(value, origin) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
+        )
+    if hint in (int, float):  # True is an int to Python, not to a reader
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """A field's declared type, to be read."""
+    plain = str(hint) if typing.get_origin(hint) else hint.__name__
+    return plain.replace("NoneType", "None").replace(f"{__name__}.", "")
 
 
 def _plain(value: Any) -> Any:

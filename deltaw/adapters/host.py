@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltaw.adapters.base import Adapter
 from deltaw.adapters.config import PeftConfig
 from deltaw.errors import AdapterError, MergeError
-from deltaw.weights import WeightStore, store_of
+from deltaw.weights import WeightStore, store_of, wide
 
 __all__ = ["HostLayer", "host_layers"]
 
@@ -34,6 +34,7 @@ class HostLayer(nn.Module):
         self._disabled = False
         self.merged_adapters: list[str] = []
         self._kept: tuple[Any, Tensor | None] | None = None  # the base as it was before merging
+        self._shared: nn.Parameter | None = None  # the weight that other modules share, while merged
 
     # --- the base -----------------------------------------------------------------------------------------------
 
@@ -88,8 +89,17 @@ class HostLayer(nn.Module):
             AdapterError: an adapter of that name is here already.
         """
         if name in self._adapters:
-            raise AdapterError(f"adapter {name!r} already exists on {layer_name!r}; delete it or use another name")
-        adapter = method.create(self, name, config, layer_name)
+            raise AdapterError(
+                f"adapter {name!r} already exists on {layer_name!r}; delete it or use another name"
+            )
+        try:
+            adapter = method.create(self, name, config, layer_name)
+        except BaseException:
+            method(self, name).remove()  # what was made before it failed
+            raise
+        for module in self.children():
+            if module is not self.base_layer:
+                module.train(self.training)  # a new dropout would start in training mode
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
         self._adapters[name] = adapter
@@ -140,14 +150,14 @@ class HostLayer(nn.Module):
     # --- merging ------------------------------------------------------------------------------------------------
 
     def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) in the base's dtype with ``names`` folded in: added in float32, rounded once.
+        """(weight, bias) in the base's dtype with ``names`` folded in: added in float32 or wider, rounded once.
 
         Raises:
             MergeError: an adapter of a kind that has no ΔW, or a result that is not finite.
         """
         store = self.store
-        weight = store.dequantize().detach().to(torch.float32)
-        bias = None if self.bias is None else self.bias.detach().to(torch.float32)
+        weight = wide(store.dequantize().detach())
+        bias = None if self.bias is None else wide(self.bias.detach())
         for name in names:
             adapter = self._adapters[name]
             if not adapter.mergeable:
@@ -157,7 +167,9 @@ class HostLayer(nn.Module):
         weight = weight.to(store.dtype)
         bias = None if bias is None or self.bias is None else bias.to(self.bias.dtype)
         if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            raise MergeError(f"merging {list(names)} gives weights that are not finite; the base was left as it was")
+            raise MergeError(
+                f"merging {list(names)} gives weights that are not finite; the base was left as it was"
+            )
         return weight, bias
 
     @torch.no_grad()
@@ -178,7 +190,9 @@ class HostLayer(nn.Module):
         """
         twice = [name for name in names if name in self.merged_adapters]
         if twice:
-            raise MergeError(f"adapters {twice} are merged already; call unmerge_adapter() before merging again")
+            raise MergeError(
+                f"adapters {twice} are merged already; call unmerge_adapter() before merging again"
+            )
         names = [name for name in names if name in self._adapters]
         if not names:
             return
@@ -198,7 +212,9 @@ class HostLayer(nn.Module):
         if not self.merged_adapters:
             return
         if self._kept is None:
-            raise MergeError("the base was merged without keeping a copy, so it cannot be unmerged; reload the model")
+            raise MergeError(
+                "the base was merged without keeping a copy, so it cannot be unmerged; reload the model"
+            )
         left = [name for name in self.merged_adapters if names is not None and name not in names]
         self._restore()
         if left:
@@ -207,6 +223,24 @@ class HostLayer(nn.Module):
         else:
             self._kept = None
             self.merged_adapters = []
+            self.share_again()
+
+    def own_weight(self) -> None:
+        """Gives the base a copy of its weight, so that modules which share it are not written to."""
+        shared: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
+        self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        self._shared = shared
+
+    def share_again(self) -> None:
+        """Undoes :meth:`own_weight`."""
+        if self._shared is not None:
+            self.base_layer.weight = self._shared
+            self._shared = None
+
+    @property
+    def untied(self) -> bool:
+        """Whether the base has a copy now of a weight that it shared."""
+        return self._shared is not None
 
     def _restore(self) -> None:
         assert self._kept is not None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +22,7 @@ from deltaw.adapters.init import INITIALISERS, initialiser
 from deltaw.errors import ConfigError, did_you_mean
 from deltaw.modules import pattern_value
 from deltaw.ops import lowrank_linear
-from deltaw.weights import WeightStore
+from deltaw.weights import WeightStore, wide
 
 __all__ = ["Lora", "LoraConfig"]
 
@@ -110,23 +112,39 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        for field in ("target_modules", "exclude_modules"):
+        for field, kind in (
+            ("target_modules", set),  # PEFT keeps a set; files hold it sorted
+            ("exclude_modules", set),
+            ("modules_to_save", list),
+            ("layers_to_transform", list),
+        ):
             value = getattr(self, field)
-            if isinstance(value, (list, tuple, set)):
-                setattr(self, field, set(value))  # PEFT keeps a set; files hold it sorted
+            if isinstance(value, (list, tuple, set, frozenset, range)):
+                setattr(self, field, kind(value))
         super().__post_init__()
 
     def faults(self) -> list[str]:
         faults = super().faults()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
+        if faults:
+            return faults  # the checks below need values of the right types
+        if self.r <= 0:
             faults.append(f"r={self.r!r}: the rank must be a positive integer (8 and 16 are common)")
-        if not 0.0 <= float(self.lora_dropout) < 1.0:
-            faults.append(f"lora_dropout={self.lora_dropout!r}: a probability in [0, 1) is needed (0.05 is common)")
+        if not math.isfinite(self.lora_alpha):
+            faults.append(f"lora_alpha={self.lora_alpha!r}: a finite number is needed (r or 2 r is common)")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            faults.append(
+                f"lora_dropout={self.lora_dropout!r}: a probability in [0, 1) is needed (0.05 is common)"
+            )
         if self.bias not in ("none", "all", "lora_only"):
             faults.append(f"bias={self.bias!r}: use 'none', 'all' or 'lora_only'")
         for key, rank in (self.rank_pattern or {}).items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+            if rank <= 0:
                 faults.append(f"rank_pattern[{key!r}]={rank!r}: the rank must be a positive integer")
+        for field, expression in self._expressions():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                faults.append(f"{field}: {expression!r} is not a regular expression ({error})")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in INITIALISERS:
             faults.append(
                 f"init_lora_weights={self.init_lora_weights!r}: use True, False or one of {', '.join(INITIALISERS)}"
@@ -135,14 +153,32 @@ class LoraConfig(PeftConfig):
         if self.fan_in_fan_out:
             faults.append("fan_in_fan_out=True: only layers that keep (out, in) weights are supported")
         if self.layers_pattern and self.layers_to_transform is None:
-            faults.append("layers_pattern is set but layers_to_transform is not: name the layers, or drop the pattern")
+            faults.append(
+                "layers_pattern is set but layers_to_transform is not: name the layers, or drop the pattern"
+            )
         if (
             isinstance(self.target_modules, str)
             and self.target_modules.lower() != "all-linear"
             and self.layers_to_transform is not None
         ):
-            faults.append("layers_to_transform needs target_modules as a list; write the layers into the expression")
+            faults.append(
+                "layers_to_transform needs target_modules as a list; write the layers into the expression"
+            )
         return faults
+
+    def _expressions(self) -> Iterator[tuple[str, str]]:
+        """(field, regular expression) of all that are given."""
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, field), str):
+                yield field, getattr(self, field)
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for field, keys in (
+            ("layers_pattern", patterns),
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+        ):
+            for key in keys or []:
+                yield field, key
 
     def rank_for(self, layer_name: str) -> int:
         """r of this layer, after ``rank_pattern``."""
@@ -171,8 +207,11 @@ class Lora(Adapter):
                 f"lora_bias=True, but {layer_name!r} has no bias to merge into; leave lora_bias out or target other layers"
             )
         out_features, in_features = host.store.shape
-        device = host.store.device
-        # masters in float32 whatever the base is kept in; drawn on the CPU, so that a seed means the same everywhere
+        # drawn in float32 on the CPU, so that a seed means the same everywhere; on the meta device when the caller has
+        # set it, because a file is to fill the tensors
+        device, dtype = host.store.device, host.store.dtype
+        if torch.get_default_device().type == "meta":
+            device = torch.device("meta")
         with torch.device("meta" if device.type == "meta" else "cpu"):
             lora_A = nn.Linear(in_features, r, bias=False, dtype=torch.float32)
             lora_B = nn.Linear(r, out_features, bias=config.lora_bias, dtype=torch.float32)
@@ -187,12 +226,9 @@ class Lora(Adapter):
         host.slot("use_rslora", dict)[name] = config.use_rslora
         host.slot("lora_bias", dict)[name] = config.lora_bias
         initialiser(config.init_lora_weights)(lora_A, lora_B)
-        if host.store.dtype in (torch.bfloat16, torch.float16):
+        for layer in (lora_A, lora_B):
             # PEFT's draw passes through the base's dtype before it becomes a float32 master: same seed, same adapter
-            lora_A.to(host.store.dtype).to(torch.float32)
-            lora_B.to(host.store.dtype).to(torch.float32)
-        lora_A.to(device)
-        lora_B.to(device)
+            layer.to(dtype).to(device, torch.promote_types(dtype, torch.float32))
         return cls(host, name)
 
     @property
@@ -218,12 +254,12 @@ class Lora(Adapter):
         return layer.p if isinstance(layer, nn.Dropout) and layer.training else 0.0
 
     def delta_weight(self) -> Tensor:
-        return (self.lora_B.float() @ self.lora_A.float()) * self.scaling  # (out, r) @ (r, in)
+        return (wide(self.lora_B) @ wide(self.lora_A)) * self.scaling  # (out, r) @ (r, in)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         if self.bias is None or bias is None:
             return bias
-        return bias + self.bias.float() * self.scaling
+        return bias + wide(self.bias) * self.scaling
 
     def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout) if self.dropout else x

@@ -24,6 +24,13 @@ log = logging.getLogger("deltaw")
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
+#: task_type -> heads that start random in a fresh model, so that they must train along with the adapter (as in PEFT)
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+MOST_FAULTS = 20  # lines of an error; a wrong expression can match hundreds of layers
 
 #: model_type -> the layers adapted when target_modules is not given (PEFT's choices)
 CUSTOMARY_TARGETS: dict[str, list[str]] = {
@@ -64,12 +71,15 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     candidates = _candidates(model)
     if config.target_modules is None:
         config.target_modules = _customary(model, kind)
+    _train_heads(config, candidates)
     spec = config.target_modules
     faults: list[str] = []
     notes: list[str] = []
 
-    saved = {name: m for name, m in candidates.items() if matches(name, config.modules_to_save or [])}
-    barred = _inside(saved)
+    saved = _outermost(
+        {name: m for name, m in candidates.items() if matches(name, config.modules_to_save or [])}
+    )
+    barred = tuple(saved)
     if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         adapted = _all_linear(model, candidates, config)
         adapted = {name: m for name, m in adapted.items() if not _excluded(name, config, barred)}
@@ -88,17 +98,36 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
                     f"target_modules entry {entry!r} matches no layer of {kind}"
                     f"{did_you_mean(entry, adaptable) or _listing(adaptable)}"
                 )
+    for name, module in saved.items():
+        if any(isinstance(inner, HostLayer) for inner in module.modules()):
+            faults.append(
+                f"modules_to_save matches {name!r}, which carries an adapter already; delete that one first"
+            )
+    places: dict[int, str] = {}
     for name, module in adapted.items():
+        if places.setdefault(id(module), name) != name:
+            faults.append(
+                f"target_modules matches {name!r}, which is the same layer as {places[id(module)]!r}"
+            )
         if host_type(module) is None:
-            faults.append(f"target_modules matches {name!r}, a {type(module).__name__}, which cannot carry an adapter")
+            faults.append(
+                f"target_modules matches {name!r}, a {type(module).__name__}, which cannot carry an adapter"
+            )
         elif isinstance(model.get_submodule(split_name(name)[0]), nn.MultiheadAttention):
             # it reads the weight of its projection and never calls it: an adapter there would do nothing
-            faults.append(f"target_modules matches {name!r} inside nn.MultiheadAttention, which never calls it")
+            faults.append(
+                f"target_modules matches {name!r} inside nn.MultiheadAttention, which never calls it; "
+                "leave it out with exclude_modules"
+            )
 
     if not adapted:
         everything = {split_name(name)[1] for name, m in candidates.items() if host_type(m)}
         shown = sorted(spec) if not isinstance(spec, str) else spec
-        guesses = "" if isinstance(spec, str) else "".join(did_you_mean(entry, everything) for entry in sorted(spec))
+        guesses = (
+            ""
+            if isinstance(spec, str)
+            else "".join(did_you_mean(entry, everything) for entry in sorted(spec))
+        )
         faults.append(
             f"target_modules {shown!r}{_narrowing(config)} match no layer of {kind}{guesses or _listing(everything)}"
         )
@@ -107,7 +136,10 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     if strict or not adapted:
         faults += notes
     if faults:
-        raise TargetError("cannot place the adapter:\n" + "\n".join(f"  - {fault}" for fault in dict.fromkeys(faults)))
+        lines = [f"  - {fault}" for fault in dict.fromkeys(faults)]
+        if len(lines) > MOST_FAULTS:
+            lines[MOST_FAULTS:] = [f"  ... and {len(lines) - MOST_FAULTS} more"]
+        raise TargetError("cannot place the adapter:\n" + "\n".join(lines))
     for note in notes:
         log.warning("%s", note)
     return Targets(adapted, saved, notes)
@@ -128,14 +160,28 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _customary(model: nn.Module, kind: str) -> list[str]:
+def _customary(model: nn.Module, kind: str) -> set[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in CUSTOMARY_TARGETS:
         raise TargetError(
             f"target_modules is not set, and there is no customary choice for {kind} (model_type {model_type!r}); "
             "set it to a list of layer names or to 'all-linear'"
         )
-    return CUSTOMARY_TARGETS[model_type]
+    return set(CUSTOMARY_TARGETS[model_type])
+
+
+def _train_heads(config: Any, candidates: dict[str, nn.Module]) -> None:
+    """Adds the task's head to ``modules_to_save``: frozen at random values it would make training pointless."""
+    present = {split_name(name)[1] for name in candidates}
+    listed = config.modules_to_save or []
+    heads = [h for h in TASK_HEADS.get(str(config.task_type), ()) if h in present and h not in listed]
+    if heads:
+        config.modules_to_save = [*listed, *heads]
+
+
+def _outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without those that lie inside another one: the outer one is trained whole already."""
+    return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
 def _all_linear(model: nn.Module, candidates: dict[str, nn.Module], config: Any) -> dict[str, nn.Module]:
@@ -152,10 +198,6 @@ def _all_linear(model: nn.Module, candidates: dict[str, nn.Module], config: Any)
         for name, module in candidates.items()
         if host_type(module, linear=True) and not any(module is head for head in heads)
     }
-
-
-def _inside(saved: dict[str, nn.Module]) -> tuple[str, ...]:
-    return tuple(saved)
 
 
 def _excluded(name: str, config: Any, barred: tuple[str, ...]) -> bool:
@@ -186,7 +228,11 @@ def _narrowing(config: Any) -> str:
 
 
 def _listing(names: set[str]) -> str:
-    return f"; its layers are {', '.join(sorted(names)[:12])}" if names else "; it has no layer that can be adapted"
+    return (
+        f"; its layers are {', '.join(sorted(names)[:12])}"
+        if names
+        else "; it has no layer that can be adapted"
+    )
 
 
 def _unmatched_companions(
@@ -202,11 +248,17 @@ def _unmatched_companions(
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted):
-                notes.append(f"{field} key {key!r} matches no adapted layer{did_you_mean(key, ends) or _listing(ends)}")
+                notes.append(
+                    f"{field} key {key!r} matches no adapted layer{did_you_mean(key, ends) or _listing(ends)}"
+                )
     for entry in config.modules_to_save or []:
-        if not any(matches(name, [entry]) for name in saved):
+        if entry in TASK_HEADS.get(str(config.task_type), ()) and saved:
+            continue  # PEFT lists every name that such a head goes by
+        if not any(matches(name, [entry]) for name in candidates):
             known = {split_name(name)[1] for name in candidates}
-            notes.append(f"modules_to_save entry {entry!r} matches no module of {kind}{did_you_mean(entry, known)}")
+            notes.append(
+                f"modules_to_save entry {entry!r} matches no module of {kind}{did_you_mean(entry, known)}"
+            )
     there = {layer_index(name, config.layers_pattern) for name in candidates}
     for index in _indices(config):
         if index not in there:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from deltaw.config import RunConfig
 
-__all__ = ["DEBUG", "AsJson", "Loaded", "emit", "guarded", "load_adapted", "say", "working"]
+__all__ = ["DEBUG", "AsJson", "Loaded", "counting", "emit", "guarded", "load_adapted", "say", "working"]
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 
@@ -85,6 +85,16 @@ def working() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     with redirect_stdout(sys.stderr):
         yield
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar on standard error for work that is counted, where that is a terminal; else nothing."""
+    from rich.progress import Progress
+
+    with Progress(console=say(), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Loaded(NamedTuple):

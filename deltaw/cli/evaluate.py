@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaw.cli.common import Adapter, AsJson, Dtype, Loaded, Model, emit, load_adapted, say, working
+from deltaw.cli.common import Adapter, AsJson, Dtype, Loaded, Model, counting, emit, load_adapted, working
 from deltaw.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -99,18 +99,20 @@ def _measure(
     scores: dict[str, Any] = {}
     if "loss" in wanted:
         rendered = render_all(rows, loaded.tokenizer, settings)
-        scores |= supervised_loss(loaded.model, rendered, batch_size).as_dict()
+        with counting("loss") as progress:
+            scores |= supervised_loss(loaded.model, rendered, batch_size, progress).as_dict()
     answers: list[str] = []
     if functions or "exact_match" in wanted:
-        answers = generate_batch(
-            loaded.model,
-            loaded.tokenizer,
-            rows,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            settings=settings,
-            progress=lambda done, total: say().print(f"{done}/{total} answers", style="dim"),
-        )
+        with counting("answers") as progress:
+            answers = generate_batch(
+                loaded.model,
+                loaded.tokenizer,
+                rows,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                settings=settings,
+                progress=progress,
+            )
     if "exact_match" in wanted:
         scores["exact_match"] = exact_match(answers, references).as_dict()
     for name, function in functions.items():

@@ -31,10 +31,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt, with the chat template that the adapter was trained with."""
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise ConfigError("no prompt: give --prompt TEXT, or pipe a text in")
-        prompt = sys.stdin.read().rstrip("\n")
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigError("no prompt: give --prompt TEXT, or pipe a text in")
+    text = prompt if prompt is not None else sys.stdin.read().rstrip("\n")
     with working():
         loaded = load_adapted(model, adapter, dtype)
         from deltaw.evaluate import stream_answer
@@ -42,17 +41,17 @@ def generate(
         chat = not raw and bool(loaded.tokenizer.chat_template)
         if system is not None and not chat:
             raise ConfigError("--system needs a chat template, and none is used here")
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": text}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
     answer = stream_answer(
         loaded.model,
         loaded.tokenizer,
-        messages if chat else prompt,
-        (lambda text: None) if as_json else (lambda text: print(text, end="", flush=True)),
+        messages if chat else text,
+        (lambda piece: None) if as_json else (lambda piece: print(piece, end="", flush=True)),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
     )
-    emit({"prompt": prompt, "answer": answer, "model": loaded.name}, as_json, lambda console: print())
+    emit({"prompt": text, "answer": answer, "model": loaded.name}, as_json, lambda console: print())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["merge"]
 
+_SAME_ENOUGH = 0.95  # share of positions with the same likeliest token; below it the person is warned
 # Any text will do to compare two models; several kinds, so that the drift of one kind is not taken for all.
 _PROBES = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -47,12 +49,17 @@ def merge(
         merged = loaded.model.merge_and_unload(progressbar=False, safe_merge=True)
         drift = _drift(before, _probe(merged, loaded.tokenizer))
         _save_whole(merged, loaded.tokenizer, output)
-    result = {"model": loaded.name, "adapter": adapter, "output": str(output), "drift": drift}
-    emit(result, as_json, lambda console: _show(console, result))
-    if drift["argmax_differs"] > 0.05:
+    result = {
+        "model": loaded.name,
+        "adapter": adapter,
+        "output": str(output),
+        "drift": dataclasses.asdict(drift),
+    }
+    emit(result, as_json, lambda console: _show(console, output, drift))
+    if drift.same_argmax < _SAME_ENOUGH:
         say().print(
-            "warning: more than 5% of the likeliest tokens differ: merge with --dtype float32, "
-            "or keep the adapter apart",
+            f"warning: {1 - drift.same_argmax:.0%} of the likeliest tokens differ: merge with --dtype "
+            "float32, or keep the adapter apart",
             style="yellow",
         )
 
@@ -72,18 +79,24 @@ def _probe(model: Any, tokenizer: Any) -> list[Any]:
     return logits
 
 
-def _drift(before: list[Any], after: list[Any]) -> dict[str, float | int]:
+def _drift(before: list[Any], after: list[Any]) -> Any:
+    """The two compared, as ``deltaw.merge_report`` does it, without holding two copies of the weights."""
     import torch
+    from torch.nn.functional import kl_div
+
+    from deltaw.merge import MergeReport
 
     a, b = torch.cat(before), torch.cat(after)  # (all tokens, vocabulary)
     gap = (a - b).abs()
-    return {
-        "max": float(gap.max()),
-        "mean": float(gap.mean()),
-        "logit_scale": float(a.abs().mean()),
-        "argmax_differs": float((a.argmax(-1) != b.argmax(-1)).float().mean()),
-        "tokens": len(a),
-    }
+    kl = kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
+    return MergeReport(
+        tokens=len(a),
+        max_abs=gap.max().item(),
+        mean_abs=gap.mean().item(),
+        scale=a.abs().mean().item(),
+        same_argmax=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
+        kl=max(0.0, kl.item()),
+    )
 
 
 def _save_whole(model: Any, tokenizer: Any, output: Path) -> None:
@@ -101,11 +114,6 @@ def _save_whole(model: Any, tokenizer: Any, output: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
-    drift = result["drift"]
-    console.print(f"[bold green]merged[/] into {result['output']}")
-    console.print(
-        f"  drift over {drift['tokens']} tokens: logits differ by {drift['mean']:.2g} on average and "
-        f"{drift['max']:.2g} at most (their size is {drift['logit_scale']:.2g}); "
-        f"{100 * drift['argmax_differs']:.1f}% of the likeliest tokens differ"
-    )
+def _show(console: Console, output: Path, drift: Any) -> None:
+    console.print(f"[bold green]merged[/] into {output}", soft_wrap=True)
+    console.print(f"  {drift}", markup=False, soft_wrap=True)

@@ -25,7 +25,17 @@ class Segment(NamedTuple):
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text alone: nothing added before or after it."""
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    try:
+        return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+    except (TypeError, UnicodeError) as error:
+        bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+        if bad is None:
+            raise
+        raise DataError(
+            f"character {bad} of its text is half a character (a lone surrogate): clean it"
+        ) from error
 
 
 def apply_template(
@@ -74,8 +84,11 @@ def chat_segments(
         supervised: indices of the assistant messages that the loss covers.
 
     Raises:
-        DataError: the template is not prefix-stable, or leaves tools or tool calls out.
+        DataError: the template is not prefix-stable, or leaves tools or tool calls out; or the conversation
+            starts with an answer to nothing.
     """
+    if 0 in supervised:
+        raise DataError("the conversation starts with the assistant, so nothing prompts that turn: drop it")
 
     def rendered(end: int, add_generation_prompt: bool) -> str:
         text = apply_template(

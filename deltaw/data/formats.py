@@ -170,7 +170,7 @@ def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
                 messages.append(turn)
                 continue
             raise DataError(f"conversations[{i}] needs the keys 'from' and 'value'")
-        role = SHAREGPT_ROLES.get(turn["from"])
+        role = SHAREGPT_ROLES.get(str(turn["from"]))
         if role is None:
             raise DataError(
                 f"conversations[{i}] is from {turn['from']!r}; known are {sorted(SHAREGPT_ROLES)}"
@@ -193,7 +193,10 @@ def _messages(value: Any, where: str) -> list[Message]:
                 f"{place} has the role {role!r}; known are {list(ROLES)}{did_you_mean(str(role), ROLES)}"
             )
         kept = {key: item for key, item in message.items() if item is not None}
-        if role == "assistant" and kept.get("tool_calls"):
+        calls = kept.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(c, Mapping) for c in calls)):
+            raise DataError(f"{place} has tool_calls that are not a list of mappings")
+        if role == "assistant" and calls:
             kept.setdefault("content", "")
         if not isinstance(kept.get("content"), str):
             kind = type(kept.get("content")).__name__

@@ -109,6 +109,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DE
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
+    labels[:1] = [IGNORE] * len(labels[:1])  # nothing precedes the first token, so nothing predicts it
     length = len(ids)
     cut = slice(length if settings.max_length is None else settings.max_length, None)
     lost = sum(label != IGNORE for label in labels[cut])

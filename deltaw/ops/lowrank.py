@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
 
 __all__ = ["lowrank_linear", "lowrank_linear_reference"]
@@ -109,23 +110,24 @@ class _LowRankLinear(torch.autograd.Function):
         fed = rows if keep is None else _drop(rows, keep, p)
         low = fed @ cast(A, dtype).t()  # (n, r)
         out.addmm_(low, cast(B * scaling, dtype).t())
-        ctx.save_for_backward(x, A, B, low, keep)
-        ctx.store, ctx.scaling, ctx.p = store, scaling, p
+        ctx.recipe, inputs = kept(x)
+        ctx.save_for_backward(A, B, low, keep, *inputs)
+        ctx.store, ctx.scaling, ctx.p, ctx.lead = store, scaling, p, x.shape[:-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, low, keep = ctx.saved_tensors
+        A, B, low, keep, *inputs = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        dtype = x.dtype
+        dtype = low.dtype
         grad = cast(grad.reshape(-1, grad.shape[-1]), dtype)  # (n, out)
-        rows = x.reshape(-1, x.shape[-1])
         dx = dA = dB = dbias = None
         if need_x or need_A:
             down = grad @ cast(B * ctx.scaling, dtype)  # (n, r)
             if need_A:
+                rows = made_again(ctx.recipe, tuple(inputs)).reshape(-1, A.shape[1])
                 fed = rows if keep is None else _drop(rows, keep, ctx.p)
                 dA = cast(down.t() @ fed, A.dtype)
             if need_x:
@@ -134,7 +136,7 @@ class _LowRankLinear(torch.autograd.Function):
                     dx.addmm_(down, cast(A, dtype))
                 else:
                     dx += _drop(down @ cast(A, dtype), keep, ctx.p)
-                dx = dx.view(x.shape)
+                dx = dx.view(*ctx.lead, A.shape[1])
         if need_B:
             dB = cast(grad.t() @ low, B.dtype).mul_(ctx.scaling)
         if need_bias:

@@ -122,7 +122,7 @@ class ProgressCallback(TrainerCallback):
             TextColumn("{task.fields[facts]}", style="cyan"),
             TimeRemainingColumn(compact=True),
             TextColumn("left", style="dim"),
-            console=Console(file=self.stream),
+            console=Console(file=self.stream, highlight=False),
         )
         self._task = bar.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
         bar.start()

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deltaw.data import IGNORE, RenderSettings, render, render_all, render_prompt, stop_token_ids
 from deltaw.errors import ConfigError, DataError
@@ -19,7 +21,6 @@ ROWS = [
     {"instruction": "Count.", "input": "cars", "output": ANSWER["content"], "text": "trap"},
     {"prompt": "Q: how many?\nA: ", "completion": " 12\n"},
     {"prompt": [USER], "completion": [{"role": "assistant", "content": "\nleading newline "}]},
-    {"prompt": "", "completion": "x"},
 ]
 
 
@@ -151,14 +152,22 @@ def test_another_end_of_turn_than_eos_is_supervised_and_a_stop(tiny):
 def test_loss_settings(smol):
     talk = {"messages": TALK}
     everything = render(talk, smol, RenderSettings(completion_only_loss=False))
-    assert everything.labels == everything.input_ids == render(talk, smol).input_ids
+    assert everything.labels == [IGNORE, *everything.input_ids[1:]]
+    assert everything.input_ids == render(talk, smol).input_ids
     split = {"prompt": TALK[:3], "completion": TALK[3:]}
     assert len(supervised(render(split, smol), smol)) == 1
     both = RenderSettings(completion_only_loss=False, assistant_only_loss=True)
     assert render(split, smol, both).labels == render(talk, smol).labels
     plain = render({"prompt": "a", "completion": "b"}, smol, RenderSettings(completion_only_loss=False))
-    assert plain.labels == plain.input_ids
-    assert render({"text": "a b"}, smol).supervised == 3
+    assert plain.labels == [IGNORE, *plain.input_ids[1:]]
+
+
+def test_the_first_token_is_never_counted_as_supervised(smol, tiny):
+    """No position predicts it, so counting it would hide an example from which nothing is learned."""
+    assert render({"text": "a b"}, smol).supervised == 2
+    assert render({"text": "a"}, tiny).supervised == 2  # BOS predicts it
+    assert render({"text": ""}, smol).supervised == 0
+    assert render({"prompt": "", "completion": ""}, smol).supervised == 0
 
 
 @pytest.mark.parametrize(
@@ -210,6 +219,21 @@ def test_tools_that_the_template_drops_are_an_error(smol):
         render({"messages": [USER, call]}, smol)
 
 
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"messages": [ANSWER]}, "starts with the assistant"),
+        ({"text": "half \ud800"}, "character 5 .* lone surrogate"),
+        ({"messages": [USER, {"role": "assistant", "content": "\udc00"}]}, "lone surrogate"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": 3}]}, "tool_calls"),
+        ({"conversations": [{"from": [], "value": "a"}]}, "known are"),
+    ],
+)
+def test_strange_rows_are_clear_errors(smol, row, match):
+    with pytest.raises(DataError, match=match):
+        render(row, smol)
+
+
 def test_no_eos_at_all(plain):
     plain.eos_token = None
     with pytest.raises(DataError, match="no eos token"):
@@ -230,3 +254,41 @@ def test_render_all_collects_every_bad_row(smol):
     assert "row 7:" in message
     assert "row 8:" not in message
     assert "... and 2 more" in message
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls", "name"]), inner)
+    ),
+    max_leaves=8,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.text(max_size=8)}
+)
+KEYS = [
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "tools",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(KEYS), VALUES | st.lists(TURN, max_size=4) | st.text(max_size=8)))
+def test_any_row_gives_a_sound_example_or_one_clear_error(smol, row):
+    try:
+        rendered = render(row, smol)
+    except DataError:
+        return
+    assert len(rendered.input_ids) == len(rendered.labels) == rendered.length_before_truncation
+    assert all(b in (IGNORE, a) for a, b in zip(rendered.input_ids, rendered.labels, strict=True))
+    if rendered.supervised:
+        assert [label for label in rendered.labels if label != IGNORE][-1] == smol.eos_token_id
