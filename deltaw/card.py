@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from deltaw.adapters import PeftConfig
@@ -28,10 +29,14 @@ def write_card(folder: Path, config: PeftConfig) -> None:
     method = str(config.peft_type).lower()
     # a local folder is not an id of the hub, and the hub would refuse it
     listed = base if base and not Path(base).exists() and base.count("/") <= 1 else ""
-    header = [f"base_model: {listed!r}", "library_name: peft"]
+    header = [f"base_model: {json.dumps(listed)}"] if listed else []
+    header.append("library_name: peft")
     if pipeline:
         header.append(f"pipeline_tag: {pipeline}")
-    header += ["tags:", f"- 'base_model:adapter:{listed}'", f"- {method}", "- transformers", "- deltaw"]
+    header.append("tags:")
+    if listed:
+        header.append(f"- {json.dumps(f'base_model:adapter:{listed}')}")
+    header += [f"- {method}", "- transformers", "- deltaw"]
     settings = {k: v for k, v in config.to_dict().items() if k in SHOWN and v not in (None, {}, [], False)}
     rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items())
     path.write_text(

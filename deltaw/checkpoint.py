@@ -66,12 +66,20 @@ def _embeddings(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if module is None or isinstance(module, ModulesToSaveWrapper):
             continue
         path = name_of(model, module)
-        if path is not None and not isinstance(module, HostLayer):
-            yield f"{path}.weight", module.weight
+        if path is not None:
+            yield (
+                f"{path}.base_layer.weight" if isinstance(module, HostLayer) else f"{path}.weight",
+                module.weight,
+            )
 
 
 def save_adapter(
-    model: nn.Module, name: str, config: PeftConfig, folder: str | os.PathLike[str], *, embeddings: bool | str = "auto"
+    model: nn.Module,
+    name: str,
+    config: PeftConfig,
+    folder: str | os.PathLike[str],
+    *,
+    embeddings: bool | str = "auto",
 ) -> None:
     """Writes adapter ``name`` into ``folder`` (config with ``inference_mode`` true, weights), each file atomically.
 
@@ -124,7 +132,7 @@ def read_tensors(
     if folder.is_dir() and not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file():
         raise CheckpointError(
             f"{folder / PICKLE_NAME} is a pickle, which can run code when it is read, so it is refused. If you trust it, "
-            f"convert it once: python -c \"import torch; from safetensors.torch import save_file; "
+            f'convert it once: python -c "import torch; from safetensors.torch import save_file; '
             f"save_file(torch.load('{folder / PICKLE_NAME}', weights_only=True), '{folder / WEIGHTS_NAME}')\""
         )
     path = find_file(name, WEIGHTS_NAME, subfolder, hub)
@@ -132,11 +140,15 @@ def read_tensors(
         with safe_open(path, framework="pt", device=device) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); save or fetch it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}); save or fetch it again"
+        ) from error
 
 
 @torch.no_grad()
-def load_tensors(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], where: str) -> None:
+def load_tensors(
+    model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], where: str
+) -> None:
     """Copies ``tensors`` into adapter ``name`` of ``model``; checks all of them first, so a refusal changes nothing.
 
     Every tensor of the file must find its place and every adapter parameter its tensor. Values are cast to the dtype
@@ -148,12 +160,15 @@ def load_tensors(model: nn.Module, name: str, config: PeftConfig, tensors: dict[
     own = adapter_tensors(model, name, config)
     embeddings = {PREFIX + key: tensor for key, tensor in _embeddings(model)}
     places = {**{key: t for key, t in embeddings.items() if key in tensors}, **own}
-    faults = [f"missing: {key}{did_you_mean(key, tensors, n=1)}" for key in places if key not in tensors]
+    missing, extra = [k for k in places if k not in tensors], [k for k in tensors if k not in places]
+    faults = [f"missing: {key}{did_you_mean(key, extra, n=1)}" for key in missing]
     for key, tensor in tensors.items():
         if key not in places:
-            faults.append(f"no place for: {key}{did_you_mean(key, places, n=1)}")
+            faults.append(f"no place for: {key}{did_you_mean(key, missing or places, n=1)}")
         elif tensor.shape != places[key].shape:
-            faults.append(f"shape of {key}: {tuple(tensor.shape)} in the file, {tuple(places[key].shape)} in the model")
+            faults.append(
+                f"shape of {key}: {tuple(tensor.shape)} in the file, {tuple(places[key].shape)} in the model"
+            )
         elif tensor.is_floating_point() != places[key].is_floating_point():
             faults.append(f"dtype of {key}: {tensor.dtype} in the file, {places[key].dtype} in the model")
         elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -161,8 +176,14 @@ def load_tensors(model: nn.Module, name: str, config: PeftConfig, tensors: dict[
     if faults:
         shown = "\n".join(f"  - {fault}" for fault in faults[:40])
         more = f"\n  ... and {len(faults) - 40} more" if len(faults) > 40 else ""
-        raise CheckpointError(f"{where} does not fit {type(model).__name__} ({len(faults)} faults):\n{shown}{more}")
+        raise CheckpointError(
+            f"{where} does not fit {type(model).__name__} ({len(faults)} faults):\n{shown}{more}"
+        )
     for key, place in places.items():
+        if key in embeddings and not torch.equal(place, tensors[key].to(place)):
+            log.warning(
+                "%s brings its own %s, which takes the place of the base's", where, key.removeprefix(PREFIX)
+            )
         if place.is_meta:
             _materialise(model, key.removeprefix(PREFIX), name, place, tensors[key])
         else:

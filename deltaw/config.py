@@ -40,6 +40,7 @@ from deltaw.runfile import read_run_file
 
 __all__ = ["ALIASES", "GROUPS", "CrossFaults", "Fault", "RunConfig", "group_of", "load_run_config"]
 
+_SHOWN = 80  # characters of a value that an error repeats
 GROUPS = ("Model", "Data", "Adapter", "Training", "Evaluation", "Saving and logging")
 
 # Names from older versions of the same libraries. They are read, and a note says the name of today.
@@ -83,7 +84,12 @@ class RunConfig(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=(), title="deltaw run"
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        title="deltaw run",
     )
 
     model_name_or_path: str = _model(
@@ -264,6 +270,8 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
         yield fault(
             "load_in_4bit", "4-bit bases are not supported yet", "leave it out, or use a smaller base"
         )
+    if c.packing:
+        yield fault("packing", "packing is not supported yet", "leave it out")
     if c.use_dora:
         yield fault("use_dora", "DoRA is not supported yet", "leave it out; use_rslora helps at high ranks")
     if c.bf16 and c.fp16:
@@ -393,10 +401,15 @@ def _faults_of(error: Any, given: Mapping[str, Any]) -> Iterable[Fault]:
         yield Fault(key, given.get(key), why, str(field.description))
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
 def _tell(faults: list[Fault], where: Mapping[str, str], source: str) -> str:
     told: dict[str, None] = {}  # a union's branches each complain: say a thing once, in order
     for fault in faults:
-        value = "" if fault.value is None else f" = {fault.value!r}"
+        value = "" if fault.value is None else f" = {_short(fault.value)}"
         cure = f" ({fault.cure})" if fault.cure else ""
         told[f"{where.get(fault.key, source)}: {fault.key}{value}: {fault.why}{cure}"] = None
     if len(told) == 1:

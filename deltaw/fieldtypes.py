@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 __all__ = [
     "Dtype",
@@ -87,7 +87,7 @@ SaveStrategy = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidato
 Names = Annotated[list[str], BeforeValidator(_names)]
 Layers = Annotated[list[int], BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]
-Ranks = Annotated[dict[str, int], BeforeValidator(_flow)]
+Ranks = Annotated[dict[str, Annotated[int, Field(gt=0)]], BeforeValidator(_flow)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_dtype)]
 Resume = Annotated[bool | str | None, BeforeValidator(_resume)]
 Pieces = Annotated[str | list[str], BeforeValidator(_pieces)]

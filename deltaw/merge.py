@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapters import HostLayer, ModulesToSaveWrapper, host_layers
 from deltaw.adapters.inject import carriers
 from deltaw.errors import MergeError, did_you_mean
-from deltaw.modules import dtype_of, set_submodule, shared_owners
+from deltaw.modules import dtype_of, set_submodule, weight_owners
 
 __all__ = ["MergeReport", "merge_adapters", "merge_report", "unload", "unmerge_adapters"]
 
@@ -32,99 +33,147 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
     Raises:
         MergeError: unknown or already merged adapters, or a result that is not finite; the base is then unchanged.
     """
-    hosts = list(host_layers(model))
-    known = {name for _, host in hosts for name in host.adapters}
-    for name in names:
-        if name not in known:
-            raise MergeError(f"no adapter {name!r} to merge; there are {sorted(known)}{did_you_mean(name, known)}")
-    twice = sorted({name for name in names for _, host in hosts if name in host.merged_adapters})
-    if twice:
-        raise MergeError(f"adapters {twice} are merged already; call unmerge_adapter() before merging again")
-    _check_finite(hosts, names)
+    names = list(names)
+    hosts = [
+        (path, host) for path, host in host_layers(model) if any(name in host.adapters for name in names)
+    ]
+    _check_names(model, names)
+    if keep and any(host.disable_adapters for _, host in hosts):
+        raise MergeError(
+            "adapters are disabled now; merge outside disable_adapter(), or enable_adapter_layers() first"
+        )
+    _check_finite(hosts, names, every_sum=not keep)
+    owners = weight_owners(model)
     done: list[HostLayer] = []
     for path, host in hosts:
-        _untie(model, path, host)
+        others = _sharers(owners, path, host)
+        if others:
+            log.warning("%s is tied to %s; merging gives it weights of its own", path, ", ".join(others))
+            host.own_weight()
         try:
             host.merge(names, keep=keep)
         except MergeError as error:
-            if keep:
-                for merged in done:
-                    merged.unmerge(list(names))
+            for merged in done if keep else []:
+                merged.unmerge(names)
+            if not host.merged:
+                host.share_again()
             raise MergeError(f"{path}: {error}") from None
         done.append(host)
 
 
-def _check_finite(hosts: list[tuple[str, HostLayer]], names: Sequence[str]) -> None:
-    """Refuses before the first write: NaN in an adapter, and sums that overflow a half-precision base."""
-    bad = []
-    for path, host in hosts:
-        mine = [name for name in names if name in host.adapters]
-        for name in mine:
-            if not all(bool(torch.isfinite(p).all()) for p in host.adapters[name].parameters()):
-                bad.append(f"{path} ({name})")
-        if mine and host.store.dtype == torch.float16 and not bad:
-            host.merged_tensors(mine)  # raises when the sum overflows
+def _check_names(model: nn.Module, names: list[str]) -> None:
+    known = {name for _, host in host_layers(model) for name in host.adapters}
+    if not names:
+        raise MergeError("no adapter is active, so there is nothing to merge; activate or name one")
+    for name in names:
+        if name not in known:
+            raise MergeError(
+                f"no adapter {name!r} to merge; there are {sorted(known)}{did_you_mean(name, known)}"
+            )
+    merged = {name for _, host in host_layers(model) for name in host.merged_adapters}
+    twice = sorted({name for name in names if name in merged or names.count(name) > 1})
+    if twice:
+        raise MergeError(
+            f"adapters {twice} are merged already or named twice; call unmerge_adapter() before merging again"
+        )
+
+
+def _check_finite(hosts: list[tuple[str, HostLayer]], names: list[str], *, every_sum: bool) -> None:
+    """Refuses before the first write: NaN in an adapter and, where no copy is kept to go back to, any bad sum."""
+    bad = [
+        f"{path} ({name})"
+        for path, host in hosts
+        for name in names
+        if name in host.adapters
+        and not all(bool(torch.isfinite(p).all()) for p in host.adapters[name].parameters())
+    ]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise MergeError(f"cannot merge: adapter weights are not finite in {shown}; the base was left as it was")
+        raise MergeError(
+            f"cannot merge: adapter weights are not finite in {shown}; the base was left as it was"
+        )
+    if every_sum:
+        for path, host in hosts:
+            try:
+                host.merged_tensors([name for name in names if name in host.adapters])
+            except MergeError as error:
+                raise MergeError(f"{path}: {error}") from None
 
 
-def _untie(model: nn.Module, path: str, host: HostLayer) -> None:
-    """A weight that other modules share gets a copy of its own before it is written, and it is said aloud."""
+def _sharers(owners: dict[nn.Parameter, list[str]], path: str, host: HostLayer) -> list[str]:
+    """The other places where the weight of ``host``'s base is registered."""
     weight = getattr(host.base_layer, "weight", None)
-    if not isinstance(weight, nn.Parameter):
-        return
-    own = f"{path}.base_layer.weight"
-    others = [owner for owner in shared_owners(model, weight) if owner != own]
-    if not others:
-        return
-    log.warning("%s was tied to %s; merging gives it weights of its own", path, ", ".join(others))
-    host.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    _mark_untied(model)
-
-
-def _mark_untied(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if host.untied or not isinstance(weight, nn.Parameter):
+        return []
+    return [owner for owner in owners.get(weight, []) if owner != f"{path}.base_layer.weight"]
 
 
 def unmerge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Takes adapters (default: all) out of the base weights; with none left the base is bitwise what it was."""
-    for _, host in host_layers(model):
+    """Takes adapters (default: all) out of the base weights; with none left the base is bitwise what it was.
+
+    Raises:
+        MergeError: no adapter of that name is there.
+    """
+    hosts = [host for _, host in host_layers(model)]
+    known = {name for host in hosts for name in host.adapters}
+    for name in names or []:
+        if name not in known:
+            raise MergeError(
+                f"no adapter {name!r} to unmerge; there are {sorted(known)}{did_you_mean(name, known)}"
+            )
+    for host in hosts:
         host.unmerge(names)
 
 
 @torch.no_grad()
 def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
-    """Removes every adapter from ``model`` and returns it as a plain model.
+    """Removes every adapter from ``model`` and returns it as a plain, frozen model.
 
     Args:
         names: the active adapters, whose updates stay when ``merge`` (their ``modules_to_save`` too).
         merge: fold the adapters in first; otherwise the base comes back as it was.
+
+    Raises:
+        MergeError: nothing to merge, unknown adapters, two that replace the same module, or a result not finite.
     """
+    whole = {path: w for path, w in carriers(model) if isinstance(w, ModulesToSaveWrapper)}
     if merge:
-        left = [name for name in names if not any(name in host.merged_adapters for _, host in host_layers(model))]
-        if left:
+        for path, wrapper in whole.items():
+            if sum(name in wrapper.modules_to_save for name in names) > 1:
+                raise MergeError(
+                    f"several of {list(names)} replace {path} whole (modules_to_save); merge one of them"
+                )
+        merged = {name for _, host in host_layers(model) for name in host.merged_adapters}
+        unmerge_adapters(model, sorted(merged - set(names)))
+        left = [name for name in names if name not in merged]
+        if left or not names:
             merge_adapters(model, left, keep=False)
+        if any(host.untied for _, host in host_layers(model)):
+            _mark_untied(model)
     else:
         unmerge_adapters(model)
-    for path, carrier in carriers(model):
-        if isinstance(carrier, HostLayer):
-            set_submodule(model, path, carrier.base_layer)
-            continue
-        assert isinstance(carrier, ModulesToSaveWrapper)
-        copy = next((carrier.modules_to_save[n] for n in names if n in carrier.modules_to_save), None)
+    for path, host in host_layers(model):
+        set_submodule(model, path, host.base_layer)
+    for path, wrapper in whole.items():
+        copy = next((wrapper.modules_to_save[n] for n in names if n in wrapper.modules_to_save), None)
         if not merge or copy is None:
-            set_submodule(model, path, carrier.original_module)
+            set_submodule(model, path, wrapper.original_module)
             continue
-        wanted = dtype_of(carrier.original_module)
-        set_submodule(model, path, copy.to(wanted) if wanted is not None else copy)
-        if any(len(shared_owners(model, p)) >= 1 for p in carrier.original_module.parameters()):
-            _mark_untied(model)  # the other half of the pair keeps the base's weight
+        set_submodule(model, path, copy.to(dtype_of(wrapper.original_module)))
+        owners = weight_owners(model)
+        if any(parameter in owners for parameter in wrapper.original_module.parameters()):
+            log.warning("%s was tied to other weights; its trained copy is now on its own", path)
+            _mark_untied(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def _mark_untied(model: nn.Module) -> None:
+    """Otherwise the saved model would be tied again when it is loaded."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +189,21 @@ class MergeReport:
     same_argmax: float
     #: mean KL(adapter || merged) in nats a token
     kl: float
+
+    @classmethod
+    def between(cls, apart: Tensor, merged: Tensor) -> Self:
+        """Compares logits (tokens, vocabulary) of the adapter beside its base with those of the merged model."""
+        a, b = apart.float(), merged.float()
+        gap = (a - b).abs()
+        kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
+        return cls(
+            tokens=a.shape[0],
+            max_abs=gap.max().item(),
+            mean_abs=gap.mean().item(),
+            scale=a.abs().mean().item(),
+            same_argmax=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
+            kl=max(0.0, kl.item()),
+        )
 
     def __str__(self) -> str:
         return (
@@ -173,19 +237,9 @@ def merge_report(model: Any, batches: Sequence[dict[str, Tensor]]) -> MergeRepor
             unmerge_adapters(model)
     finally:
         model.train(training)
-    rows = []
+    pairs = []
     for a, b, batch in zip(apart, together, batches, strict=True):
         mask = batch.get("attention_mask")
-        keep = torch.ones(a.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        rows.append((a[keep], b[keep]))
-    a, b = (torch.cat(side) for side in zip(*rows, strict=True))
-    gap = (a - b).abs()
-    kl = torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
-    return MergeReport(
-        tokens=a.shape[0],
-        max_abs=gap.max().item(),
-        mean_abs=gap.mean().item(),
-        scale=a.abs().mean().item(),
-        same_argmax=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
-        kl=max(0.0, kl.item()),
-    )
+        keep = torch.ones_like(a[..., 0], dtype=torch.bool) if mask is None else mask.bool().to(a.device)
+        pairs.append((a[keep], b[keep]))
+    return MergeReport.between(*(torch.cat(side) for side in zip(*pairs, strict=True)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,58 +15,13 @@ from typing import Any
 from torch import nn
 
 from deltaw import checkpoint, merge
-from deltaw.adapters import PeftConfig, adapter_class, host_layers, inject, remove_adapter, set_active, trained_biases
-from deltaw.adapters.inject import carriers
+from deltaw.adapters import AdaptedBase, PeftConfig, host_layers, trained_biases
 from deltaw.card import write_card
-from deltaw.errors import AdapterError, CheckpointError, did_you_mean
+from deltaw.errors import AdapterError, CheckpointError
 
-__all__ = ["AdaptedBase", "PeftModel", "get_peft_model"]
+__all__ = ["PeftModel", "get_peft_model"]
 
 log = logging.getLogger("deltaw")
-
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-RESERVED_NAMES = frozenset(dir(nn.ModuleDict))  # nn.ModuleDict refuses keys that are attributes of its own
-
-
-def check_name(name: str) -> str:
-    """``name`` if an adapter may be called so.
-
-    Raises:
-        AdapterError: it would not be safe as a folder or as a module's name.
-    """
-    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
-        raise AdapterError(
-            f"adapter name {name!r}: use letters, digits, '_' and '-', starting with a letter or digit, at most 64"
-        )
-    if name in RESERVED_NAMES or name == "__base__":
-        raise AdapterError(f"adapter name {name!r} is reserved by torch; choose another, e.g. {name + '_1'!r}")
-    return name
-
-
-class AdaptedBase(nn.Module):
-    """What PEFT calls ``base_model``: holds the original model under ``.model``, and all adapters' configs."""
-
-    def __init__(self, model: nn.Module, prefix: str) -> None:
-        super().__init__()
-        self.model = model
-        self.prefix = prefix
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapters: list[str] = []
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self.active_adapters
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
 
 
 class PeftModel(nn.Module):
@@ -95,25 +49,27 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(model, PeftModel):
-            raise AdapterError("this model has adapters already; use model.add_adapter(name, config) or load_adapter()")
+            raise AdapterError(
+                "this model has adapters already; use model.add_adapter(name, config) or load_adapter()"
+            )
         if any(True for _ in host_layers(model)):
-            raise AdapterError("this model has adapters injected already; unload them, or keep using inject_adapter_in_model")
-        check_name(adapter_name)
-        if peft_config.base_model_name_or_path is None:
-            peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        inject(model, peft_config, adapter_name, strict=strict, low_cpu_mem_usage=low_cpu_mem_usage)
-        self.base_model = AdaptedBase(model, adapter_class(str(peft_config.peft_type)).prefix)
+            raise AdapterError(
+                "this model has adapters injected already; unload them, or keep using inject_adapter_in_model"
+            )
+        self.base_model = AdaptedBase(model)
+        self.training = model.training
+        self.base_model.add(
+            adapter_name,
+            peft_config,
+            strict=strict,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
-        # transformers asks this of a quantized model before it trains; on the base it would redirect save_pretrained
+        # transformers asks a quantized model for this before it trains; on the base it would redirect save_pretrained
         self._hf_peft_config_loaded = True
-        self._adapters_disabled = False
-        self.peft_config[adapter_name] = peft_config
-        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if not autocast_adapter_dtype:
-            self._cast_adapter(adapter_name)
-        if getattr(model, "is_gradient_checkpointing", False):
-            self._feed_gradient()
 
     # --- the model inside ---------------------------------------------------------------------------------------
 
@@ -131,7 +87,9 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
-            raise AdapterError("adapter_names: batches that mix adapters are not supported yet; use set_adapter()")
+            raise AdapterError(
+                "adapter_names: batches that mix adapters are not supported yet; use set_adapter()"
+            )
         kwargs.pop("adapter_names", None)
         return self.base_model.model(*args, **kwargs)
 
@@ -149,8 +107,16 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        """The first active adapter."""
-        return self.active_adapters[0] if self.active_adapters else next(iter(self.peft_config))
+        """The first active adapter.
+
+        Raises:
+            AdapterError: every adapter was deleted.
+        """
+        if not self.active_adapters:
+            raise AdapterError(
+                "no adapter is active: all were deleted; add one with add_adapter() or load_adapter()"
+            )
+        return self.active_adapters[0]
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -158,68 +124,43 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        names = {entry for c in self.peft_config.values() for entry in getattr(c, "modules_to_save", None) or []}
+        names = {
+            entry for c in self.peft_config.values() for entry in getattr(c, "modules_to_save", None) or []
+        }
         return names or None
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Turns activation checkpointing on; the reentrant kind needs an input that carries a gradient, and gets it."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-        if kwargs["use_reentrant"]:
-            self._feed_gradient()
-
-    def _feed_gradient(self) -> None:
-        model = self.get_base_model()
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # type: ignore[operator]
 
     # --- adapters -----------------------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Adds another adapter; it is not active until :meth:`set_adapter`.
 
         Raises:
             AdapterError: the name exists or is not allowed, or a second adapter would train the base's biases.
             TargetError, ConfigError: nothing was changed.
         """
-        self._add(adapter_name, peft_config, strict=True, low_cpu_mem_usage=low_cpu_mem_usage)
-
-    def _add(self, name: str, config: PeftConfig, *, strict: bool, low_cpu_mem_usage: bool) -> None:
-        check_name(name)
-        if name in self.peft_config:
-            raise AdapterError(f"adapter {name!r} already exists; delete_adapter({name!r}) first, or use another name")
-        biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
-        if getattr(config, "bias", "none") != "none" and biased:
-            raise AdapterError(
-                f"adapter {biased[0]!r} trains the base's biases already, and there is one set of them; use bias='none'"
-            )
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
-        inject(self.get_base_model(), config, name, strict=strict, low_cpu_mem_usage=low_cpu_mem_usage)
-        self.peft_config[name] = config
-        self._refresh()
+        self.base_model.add(
+            adapter_name,
+            peft_config,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates one adapter, or several whose updates add up; everything else is frozen.
+        """Activates one adapter, or several whose updates add up; the others are frozen. Merged ones come out first.
 
         Args:
             inference_mode: freeze the activated ones too.
 
         Raises:
-            AdapterError: no such adapter.
+            AdapterError: no such adapter, or one named twice.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self._known(name)
-        set_active(self.get_base_model(), names, self.peft_config, trainable=not inference_mode)
-        self.base_model.active_adapters = names
-
-    def _refresh(self) -> None:
-        """Re-applies the active set to layers that were just wrapped or freed."""
-        training = any(p.requires_grad for p in self.parameters())
-        self.set_adapter([n for n in self.active_adapters if n in self.peft_config], inference_mode=not training)
-        for _, carrier in carriers(self):
-            carrier.enable_adapters(not self._adapters_disabled)
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; layers left without one become the base's own layers again.
@@ -227,50 +168,22 @@ class PeftModel(nn.Module):
         Raises:
             AdapterError: no such adapter.
         """
-        self._known(adapter_name)
-        remove_adapter(self.get_base_model(), adapter_name)
-        del self.peft_config[adapter_name]
-        if adapter_name in self.active_adapters:
-            left = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
-            if left:
-                log.warning("adapter %r was active and is gone; active now: %s", adapter_name, left)
-            self.base_model.active_adapters = left
-        self._refresh()
+        self.base_model.delete_adapter(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model is the bare base (merged adapters are taken out first)."""
-        if any(trained_biases(self.get_base_model(), c) for c in self.peft_config.values()):
-            log.warning("the base's biases were trained (bias != 'none'), so the base inside this block is not the original")
-        before = self._adapters_disabled
-        self._set_disabled(True)
+        if any(trained_biases(self.get_base_model(), config) for config in self.peft_config.values()):
+            log.warning(
+                "bias != 'none': the base's biases were trained, so the base in this block is not the original"
+            )
+        before = self.base_model.disabled
+        self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
-            self._set_disabled(before)
-
-    def disable_adapter_layers(self) -> None:
-        """Switches to the bare base until :meth:`enable_adapter_layers`."""
-        self._set_disabled(True)
-
-    def enable_adapter_layers(self) -> None:
-        self._set_disabled(False)
-
-    def _set_disabled(self, disabled: bool) -> None:
-        self._adapters_disabled = disabled
-        for _, carrier in carriers(self):
-            carrier.enable_adapters(not disabled)
-
-    def _known(self, name: str) -> None:
-        if name not in self.peft_config:
-            raise AdapterError(f"no adapter {name!r}; there are {list(self.peft_config)}{did_you_mean(name, self.peft_config)}")
-
-    def _cast_adapter(self, name: str) -> None:
-        """autocast_adapter_dtype=False: the adapter's tensors take the base's dtype instead of float32."""
-        for _, host in host_layers(self):
-            if name in host.adapters:
-                for parameter in host.adapters[name].parameters():
-                    parameter.data = parameter.data.to(host.store.dtype)
+            if not before:
+                self.base_model.enable_adapter_layers()
 
     # --- counting -----------------------------------------------------------------------------------------------
 
@@ -306,14 +219,20 @@ class PeftModel(nn.Module):
             CheckpointError: pickles are asked for, or the target is a file.
             AdapterError: an adapter in ``selected_adapters`` does not exist.
         """
+        if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+            raise CheckpointError(
+                "path_initial_model_for_weight_conversion is for initialisers that change the base; deltaw has none yet"
+            )
         root = Path(save_directory)
         if root.is_file():
             raise CheckpointError(f"cannot save an adapter into {root}: it is a file, not a folder")
         if not safe_serialization:
-            raise CheckpointError("safe_serialization=False would write a pickle; deltaw writes safetensors only")
+            raise CheckpointError(
+                "safe_serialization=False would write a pickle; deltaw writes safetensors only"
+            )
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            self._known(name)
+            self.base_model.require(name)
         if not is_main_process:
             return
         for name in names:
@@ -346,17 +265,25 @@ class PeftModel(nn.Module):
             CheckpointError, TargetError, ConfigError: the adapter does not fit.
         """
         if isinstance(model, PeftModel):
-            raise AdapterError("this model has adapters already; use model.load_adapter(folder, adapter_name=...)")
-        tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
+            raise AdapterError(
+                "this model has adapters already; use model.load_adapter(folder, adapter_name=...)"
+            )
         config = config or PeftConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs)
+        tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
         config.inference_mode = not is_trainable
+        flags = [(p, p.requires_grad) for p in model.parameters()]
         peft_model = cls(
-            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage, strict=False
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            strict=False,
         )
         try:
             checkpoint.load_tensors(model, adapter_name, config, tensors, str(model_id))
         except BaseException:
-            remove_adapter(model, adapter_name)
+            peft_model.base_model.take_back(adapter_name, flags)
             raise
         if is_trainable:
             peft_model.train(model.training)
@@ -371,6 +298,7 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         low_cpu_mem_usage: bool = False,
         subfolder: str | None = None,
+        autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> None:
         """Loads another saved adapter beside those that are here; it is not active until :meth:`set_adapter`.
@@ -378,16 +306,20 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError, TargetError, ConfigError, AdapterError: nothing was changed.
         """
-        tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
         config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs)
+        tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
         config.inference_mode = not is_trainable
-        self._add(adapter_name, config, strict=False, low_cpu_mem_usage=low_cpu_mem_usage)
+        flags = self.base_model.add(
+            adapter_name,
+            config,
+            strict=False,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
         try:
             checkpoint.load_tensors(self.get_base_model(), adapter_name, config, tensors, str(model_id))
         except BaseException:
-            remove_adapter(self.get_base_model(), adapter_name)
-            del self.peft_config[adapter_name]
-            self._refresh()
+            self.base_model.take_back(adapter_name, flags)
             raise
 
     # --- merging ------------------------------------------------------------------------------------------------
@@ -442,5 +374,3 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-

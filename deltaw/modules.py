@@ -17,8 +17,8 @@ __all__ = [
     "name_of",
     "pattern_value",
     "set_submodule",
-    "shared_owners",
     "split_name",
+    "weight_owners",
 ]
 
 
@@ -74,14 +74,14 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-def shared_owners(model: nn.Module, parameter: nn.Parameter) -> list[str]:
-    """Dotted names of every place where this very parameter is registered (two or more: tied weights)."""
-    return [
-        f"{prefix}.{key}" if prefix else key
-        for prefix, module in model.named_modules()
-        for key, value in module._parameters.items()
-        if value is parameter
-    ]
+def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Parameter -> dotted names of every place where it is registered (two or more: tied weights)."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                owners.setdefault(value, []).append(f"{prefix}.{key}" if prefix else key)
+    return owners
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from deltaw import LoraConfig, PeftModel
 from deltaw.config import RunConfig
@@ -51,10 +51,9 @@ class RunData:
     """The rows of a run, rendered and checked."""
 
     tokenizer: Any
-    settings: RenderSettings
     rows: list[dict[str, Any]]
     rendered: list[Rendered]
-    eval_rows: list[dict[str, Any]] | None
+    eval_rendered: list[Rendered] | None
     report: CheckReport
 
 
@@ -115,7 +114,8 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
     base = model.config
     progress = ProgressCallback(quiet=quiet)
     trainer = make_trainer(config, model, data, progress)
-    trainable, everything = trainer.model.get_nb_trainable_parameters()
+    adapted: Any = trainer.model
+    trainable, everything = adapted.get_nb_trainable_parameters()
     tell(f"training {trainable:,} of {everything:,} parameters ({trainable / everything:.2%})")
     if config.overwrite_output_dir and not config.resume_from_checkpoint:
         _forget_checkpoints(output_dir)
@@ -123,18 +123,21 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
         metrics = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics
     finally:
         progress.close()
-    if data.eval_rows is not None:
-        metrics |= trainer.evaluate()
+    if data.eval_rendered is not None:
+        metrics |= _last_evaluation(config, trainer) or trainer.evaluate()
     tell(f"saving to {output_dir}")
     trainer.save_model(str(output_dir))
     data.tokenizer.save_pretrained(output_dir)
     trainer.save_state()
     _write(output_dir / "run.yaml", config.to_yaml())
     fresh_base = None if config.bias == "none" else partial(load_base, config)
-    parity = verify_saved(trainer.model, output_dir, data.rendered, fresh_base)
+    parity = verify_saved(adapted, output_dir, data.rendered, fresh_base)
     tell(f"reloaded: {parity}")
+    tokens = trainer.state.num_input_tokens_seen - progress.first_tokens
     results = {
         **metrics,
+        "train_tokens": tokens,
+        "train_tokens_per_second": tokens / metrics["train_runtime"],
         "trainable_params": trainable,
         "all_params": everything,
         "data": _report(data),
@@ -178,16 +181,17 @@ def prepare_data(config: RunConfig, tell: Tell) -> RunData:
     rows, eval_rows = _read_rows(config)
     tell(f"read {len(rows):,} rows" + ("" if eval_rows is None else f", {len(eval_rows):,} to evaluate on"))
     rendered = render_all(rows, tokenizer, settings)
+    eval_rendered = None if eval_rows is None else render_all(eval_rows, tokenizer, settings)
     report = check_rendered(
         rendered,
         tokenizer,
         settings,
-        eval_rendered=None if eval_rows is None else render_all(eval_rows, tokenizer, settings),
+        eval_rendered=eval_rendered,
         batch_size=config.per_device_train_batch_size,
     )
     report.raise_if_bad()
     tell(str(report))
-    return RunData(tokenizer, settings, rows, rendered, eval_rows, report)
+    return RunData(tokenizer, rows, rendered, eval_rendered, report)
 
 
 def load_base(config: RunConfig) -> Any:
@@ -207,11 +211,12 @@ def make_trainer(config: RunConfig, model: Any, data: RunData, progress: Progres
     if "activation_checkpointing" in known:  # transformers' new name; the old one warns
         arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing") or None
     adapter = config.pick(field.name for field in dataclasses.fields(LoraConfig) if field.init)
+    set_seed(config.seed)  # the adapters are drawn before the trainer seeds itself
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**arguments, disable_tqdm=True),
-        train_dataset=data.rows,
-        eval_dataset=data.eval_rows,
+        train_dataset=_features(data.rendered),
+        eval_dataset=_features(data.eval_rendered),
         peft_config=LoraConfig(**adapter, task_type="CAUSAL_LM"),
         processing_class=data.tokenizer,
         callbacks=[progress],
@@ -333,8 +338,20 @@ def _read_rows(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, 
     return rows, held_out
 
 
+def _last_evaluation(config: RunConfig, trainer: SFTTrainer) -> dict[str, Any]:
+    """The evaluation of the weights as they are now, if the trainer has just made it."""
+    last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
+    if config.load_best_model_at_end or last.get("step") != trainer.state.global_step:
+        return {}
+    return {key: value for key, value in last.items() if key.startswith("eval_")}
+
+
+def _features(rendered: list[Rendered] | None) -> list[dict[str, list[int]]] | None:
+    return None if rendered is None else [example.as_features() for example in rendered]
+
+
 def _report(data: RunData) -> dict[str, Any]:
-    return dataclasses.asdict(data.report) | {"eval_examples": len(data.eval_rows or [])}
+    return dataclasses.asdict(data.report) | {"eval_examples": len(data.eval_rendered or [])}
 
 
 def _write(path: Path, text: str) -> None:

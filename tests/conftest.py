@@ -18,14 +18,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
 
 
-def build_llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, bias: bool = False, vocab: int = 128) -> LlamaForCausalLM:
-    """Two layers, hidden 32, grouped-query attention; the same weights at each call."""
+def build_llama(
+    dtype: torch.dtype = torch.float32, *, tied: bool = False, bias: bool = False, vocab: int = 128, layers: int = 2
+) -> LlamaForCausalLM:
+    """Hidden 32, grouped-query attention; the same weights at each call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
@@ -34,7 +36,12 @@ def build_llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, bias:
         eos_token_id=2,
         pad_token_id=2,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts them at zero, where a mistake would not show
+                parameter.normal_(std=0.1)
+    return model.to(dtype).eval()
 
 
 @pytest.fixture(scope="session")

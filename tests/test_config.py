@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
@@ -168,6 +169,7 @@ def test_old_names_are_read_and_noted():
     ("given", "key"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"packing": True}, "packing"),
         ({"bf16": True, "fp16": True}, "fp16"),
         ({"max_steps": 0}, "max_steps"),
         ({"eval_strategy": "steps"}, "eval_strategy"),
@@ -241,3 +243,41 @@ def test_a_run_is_immutable():
 def test_max_steps_beside_epochs_is_noted():
     notes = load_run_config(None, {**NEEDED, "max_steps": 5, "num_train_epochs": 2}).notes
     assert any("max_steps = 5 decides" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "value", [".inf", ".nan", "1e999", "[1]", "{a: x}", "2020-01-01", "!!binary aGk=", "x" * 5000]
+)
+@pytest.mark.parametrize("key", ["learning_rate", "r", "eval_strategy", "rank_pattern", "val_size", "preset"])
+def test_strange_values_give_one_readable_error(tmp_path, key, value):
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(write(tmp_path, f"{key}: {value}\n"))
+    assert f"{key} = " in str(raised.value)
+    assert len(str(raised.value)) < 2000
+
+
+def test_any_bytes_give_a_run_or_one_error(tmp_path):
+    random = Random(0)
+    path = tmp_path / "run.yaml"
+    words = [
+        b"r",
+        b": ",
+        b"\n",
+        b"- ",
+        b"{",
+        b"[",
+        b"]",
+        b"&a ",
+        b"*a",
+        b"!!map ",
+        b"<<",
+        b"? ",
+        b"null",
+        b"1",
+        b"'",
+        b"  ",
+    ]
+    for _ in range(300):
+        path.write_bytes(b"".join(random.choices(words, k=random.randint(0, 12))))
+        with pytest.raises(ConfigError):
+            load_run_config(path)

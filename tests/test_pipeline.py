@@ -38,7 +38,8 @@ def describe(base, tmp_path):
             **{
                 "model_name_or_path": str(base), "dataset_name": str(rows), "use_cpu": True,
                 "output_dir": str(tmp_path / "out"), "max_steps": 3, "per_device_train_batch_size": 4,
-                "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1, "r": 4, "lora_dropout": 0.0, **keys,
+                "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1, "r": 4,
+                "lora_dropout": 0.0, **keys,
             }
         )  # fmt: skip
 
@@ -68,6 +69,7 @@ def test_a_run_leaves_a_proven_adapter(describe, base, tmp_path):
     assert results["train_loss"] > 0
     assert results["eval_loss"] > 0
     assert results["train_runtime"] > 0
+    assert results["train_tokens"] > 3 * 4 * 20  # three steps of four examples of more than twenty tokens
     assert results["data"]["examples"] == 16
     assert results["data"]["eval_examples"] == 4
     for key in ("base_fingerprint", "dataset_fingerprint", "template_fingerprint"):
@@ -86,6 +88,16 @@ def test_a_run_leaves_a_proven_adapter(describe, base, tmp_path):
         with fresh.disable_adapter():
             without = fresh(input_ids=ids).logits
     assert not torch.equal(with_adapter, without)
+
+
+def test_a_seed_makes_the_same_adapter_again(describe, tmp_path):
+    def weights(name: str, seed: int) -> bytes:
+        run_training(describe(output_dir=str(tmp_path / name), seed=seed, lora_dropout=0.1), quiet=True)
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    first = weights("a", 1)
+    assert weights("b", 1) == first
+    assert weights("c", 2) != first
 
 
 def test_trained_biases_are_verified_on_a_fresh_base(describe):

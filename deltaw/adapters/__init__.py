@@ -1,5 +1,6 @@
 """The methods, the layers that host them, and their injection into a model."""
 
+from deltaw.adapters.adapted import AdaptedBase
 from deltaw.adapters.base import Adapter
 from deltaw.adapters.config import PeftConfig, PeftType, TaskType
 from deltaw.adapters.host import HostLayer, host_layers
@@ -12,6 +13,7 @@ from deltaw.adapters.saved import ModulesToSaveWrapper
 __all__ = [
     "ADAPTERS",
     "CONFIGS",
+    "AdaptedBase",
     "Adapter",
     "HostLayer",
     "Linear",

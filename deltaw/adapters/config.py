@@ -75,18 +75,22 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if isinstance(self.task_type, str) and self.task_type in TaskType.__members__:
             self.task_type = TaskType(str(self.task_type))
-        faults = self.faults()
+        faults = self.mistyped() or self.faults()
         if faults:
             raise ConfigError(f"{type(self).__name__}:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
-    def faults(self) -> list[str]:
-        """All that is wrong with the values, one line each; a method adds its own."""
+    def mistyped(self) -> list[str]:
+        """Values that are not of their field's type, one line each."""
         hints = _hints(type(self))
-        faults = [
+        return [
             f"{f.name}={getattr(self, f.name)!r}: {_words(hints[f.name])} is needed"
             for f in dataclasses.fields(self)
             if not _fits(getattr(self, f.name), hints[f.name])
         ]
+
+    def faults(self) -> list[str]:
+        """All that is wrong with values of the right types, one line each; a method adds its own."""
+        faults = []
         if self.task_type is not None and self.task_type not in list(TaskType):
             names = [t.value for t in TaskType]
             faults.append(
@@ -154,12 +158,12 @@ class PeftConfig:
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        written = {
-            key: value for key, value in {**self.to_dict(), **values}.items() if key not in self.unsaved
-        }
+        merged = {**self.to_dict(), **values}
+        # only the top level is sorted: the first key of a pattern that matches wins, so their order means something
+        written = {key: merged[key] for key in sorted(merged) if key not in self.unsaved}
         part = folder / f".{CONFIG_NAME}.{os.getpid()}.part"
         try:
-            part.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
             os.replace(part, folder / CONFIG_NAME)
         finally:
             part.unlink(missing_ok=True)

@@ -200,7 +200,12 @@ class HostLayer(nn.Module):
             # start again from the base, so that the sum is rounded once, however many merges it took
             self._restore()
             names = [*self.merged_adapters, *names]
-        weight, bias = self.merged_tensors(names)
+        try:
+            weight, bias = self.merged_tensors(names)
+        except MergeError:
+            if self.merged_adapters and self._kept is not None:
+                self.write(*self.merged_tensors(self.merged_adapters))
+            raise
         if keep:
             self._kept = (self.store.keep(), None if self.bias is None else self.bias.detach().clone())
         self.write(weight, bias)

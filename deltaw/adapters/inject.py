@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from deltaw.modules import set_submodule
 
 __all__ = [
     "carriers",
+    "check_name",
     "inject",
     "inject_adapter_in_model",
     "remove_adapter",
@@ -28,6 +30,10 @@ __all__ = [
 ]
 
 log = logging.getLogger("deltaw")
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+#: nn.ModuleDict refuses keys that are attributes of its own
+RESERVED_NAMES = frozenset(dir(nn.ModuleDict()))
 
 
 def carriers(model: nn.Module) -> list[tuple[str, HostLayer | ModulesToSaveWrapper]]:
@@ -43,7 +49,7 @@ def inject(
     strict: bool = True,
     low_cpu_mem_usage: bool = False,
 ) -> Targets:
-    """Adds adapter ``name`` to the layers that ``config`` means. It is not active yet, nothing is frozen yet.
+    """Adds adapter ``name`` to the layers that ``config`` means and freezes the base. The adapter is not active yet.
 
     Args:
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be filled from a file.
@@ -51,8 +57,11 @@ def inject(
     Raises:
         TargetError, ConfigError, AdapterError: the model is then as it was before.
     """
+    check_name(name)
     if any(name in host.adapters for _, host in host_layers(model)):
-        raise AdapterError(f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name")
+        raise AdapterError(
+            f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name"
+        )
     targets = resolve(model, config, strict=strict)
     method = adapter_class(str(config.peft_type))
     try:
@@ -80,7 +89,37 @@ def inject(
     except BaseException:
         remove_adapter(model, name)
         raise
+    held = {p for _, carrier in carriers(model) for p in _own_parameters(carrier)}
+    for parameter in model.parameters():
+        if parameter not in held:
+            parameter.requires_grad_(False)
     return targets
+
+
+def check_name(name: str) -> str:
+    """``name`` if an adapter may be called so.
+
+    Raises:
+        AdapterError: it would not be safe as a folder or as a module's name.
+    """
+    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+        raise AdapterError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-', starting with a letter or digit, at most 64"
+        )
+    if name in RESERVED_NAMES:
+        raise AdapterError(
+            f"adapter name {name!r} is reserved by torch; choose another, e.g. {name + '_1'!r}"
+        )
+    return name
+
+
+def _own_parameters(carrier: HostLayer | ModulesToSaveWrapper) -> Iterator[nn.Parameter]:
+    """The parameters that belong to adapters, not to the base."""
+    if isinstance(carrier, HostLayer):
+        for adapter in carrier.adapters.values():
+            yield from adapter.parameters()
+    else:
+        yield from carrier.modules_to_save.parameters()
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -97,16 +136,15 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 set_submodule(model, layer_name, carrier.original_module)
 
 
-def set_active(model: nn.Module, names: Sequence[str], configs: dict[str, Any], *, trainable: bool = True) -> None:
-    """Activates adapters ``names``, freezes all else, and lets the biases train that their configs name."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+def set_active(
+    model: nn.Module, names: Sequence[str], configs: dict[str, Any], *, trainable: bool = True
+) -> None:
+    """Activates adapters ``names`` and freezes the others; base biases train with the adapter whose config names them."""
     for _, carrier in carriers(model):
         carrier.set_active(names, trainable)
-    if trainable:
-        for name in names:
-            for _, bias in trained_biases(model, configs[name]):
-                bias.requires_grad_(True)
+    for name, config in configs.items():
+        for _, bias in trained_biases(model, config):
+            bias.requires_grad_(trainable and name in names)
 
 
 def trained_biases(model: nn.Module, config: Any) -> list[tuple[str, nn.Parameter]]:
@@ -120,11 +158,11 @@ def trained_biases(model: nn.Module, config: Any) -> list[tuple[str, nn.Paramete
             for name, host in host_layers(model)
             if isinstance(host.bias, nn.Parameter)
         ]
-    owned = {id(p) for _, host in host_layers(model) for a in host.adapters.values() for p in a.parameters()}
+    held = {p for _, carrier in carriers(model) for p in _own_parameters(carrier)}
     return [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] == "bias" and id(parameter) not in owned and ".modules_to_save." not in name
+        if name.rpartition(".")[2] == "bias" and parameter not in held
     ]
 
 

@@ -112,21 +112,17 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        for field, kind in (
-            ("target_modules", set),  # PEFT keeps a set; files hold it sorted
-            ("exclude_modules", set),
-            ("modules_to_save", list),
-            ("layers_to_transform", list),
-        ):
+        for field in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+            if isinstance(getattr(self, field), (tuple, set, frozenset, range)):
+                setattr(self, field, list(getattr(self, field)))
+        for field in ("target_modules", "exclude_modules"):  # PEFT keeps a set; files hold it sorted
             value = getattr(self, field)
-            if isinstance(value, (list, tuple, set, frozenset, range)):
-                setattr(self, field, kind(value))
+            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+                setattr(self, field, set(value))
         super().__post_init__()
 
     def faults(self) -> list[str]:
         faults = super().faults()
-        if faults:
-            return faults  # the checks below need values of the right types
         if self.r <= 0:
             faults.append(f"r={self.r!r}: the rank must be a positive integer (8 and 16 are common)")
         if not math.isfinite(self.lora_alpha):

@@ -76,9 +76,7 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     faults: list[str] = []
     notes: list[str] = []
 
-    saved = _outermost(
-        {name: m for name, m in candidates.items() if matches(name, config.modules_to_save or [])}
-    )
+    saved = _saved(candidates, config.modules_to_save or [])
     barred = tuple(saved)
     if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         adapted = _all_linear(model, candidates, config)
@@ -99,6 +97,10 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
                     f"{did_you_mean(entry, adaptable) or _listing(adaptable)}"
                 )
     for name, module in saved.items():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+            faults.append(
+                f"modules_to_save matches {name!r}, a {type(module).__name__}, which is never called; name its items"
+            )
         if any(isinstance(inner, HostLayer) for inner in module.modules()):
             faults.append(
                 f"modules_to_save matches {name!r}, which carries an adapter already; delete that one first"
@@ -150,7 +152,9 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, prefix: str) -> None:
-        for key, child in module.named_children():
+        for key, child in module._modules.items():  # named_children() would hide a layer's second place
+            if child is None:
+                continue
             name = f"{prefix}.{key}" if prefix else key
             found[name] = child
             if not isinstance(child, (HostLayer, ModulesToSaveWrapper)):
@@ -179,8 +183,12 @@ def _train_heads(config: Any, candidates: dict[str, nn.Module]) -> None:
         config.modules_to_save = [*listed, *heads]
 
 
-def _outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Without those that lie inside another one: the outer one is trained whole already."""
+def _saved(candidates: dict[str, nn.Module], entries: list[str]) -> dict[str, nn.Module]:
+    """Modules to train whole: the outermost ones whose name ends in an entry, also in the middle of a word, as in PEFT."""
+    found = {name: m for name, m in candidates.items() if any(name.endswith(entry) for entry in entries)}
+    stray = {split_name(name)[1] for name in found if not matches(name, entries)}
+    if stray:
+        log.warning("modules_to_save %s means %s too (names that end so)", entries, ", ".join(sorted(stray)))
     return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
@@ -254,7 +262,7 @@ def _unmatched_companions(
     for entry in config.modules_to_save or []:
         if entry in TASK_HEADS.get(str(config.task_type), ()) and saved:
             continue  # PEFT lists every name that such a head goes by
-        if not any(matches(name, [entry]) for name in candidates):
+        if not any(name.endswith(entry) for name in candidates):
             known = {split_name(name)[1] for name in candidates}
             notes.append(
                 f"modules_to_save entry {entry!r} matches no module of {kind}{did_you_mean(entry, known)}"

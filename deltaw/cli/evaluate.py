@@ -24,11 +24,9 @@ _METRICS = ("loss", "exact_match")
 
 
 def evaluate(
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Rows: a file, a folder or a hub id.")],
     adapter: Adapter = None,
     model: Model = None,
-    dataset: Annotated[
-        str, typer.Option("--dataset", "-d", help="Rows: a file, a folder or a hub id.")
-    ] = ...,  # type: ignore[assignment]
     split: Annotated[str | None, typer.Option(help="Which part of the data set.")] = None,
     metric: Annotated[
         list[str] | None,

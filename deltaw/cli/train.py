@@ -71,8 +71,13 @@ def train(
         result = {"config": config.model_dump(mode="json"), "data": report}
         emit(result, as_json, lambda console: console.print(config.to_yaml(), markup=False, end=""))
         return
-    with working():
-        done = run_training(config, on_event=tell, quiet=quiet)
+    try:
+        with working():
+            done = run_training(config, on_event=tell, quiet=quiet)
+    except KeyboardInterrupt:
+        if any(Path(config.output_dir).glob("checkpoint-*")):
+            out.print("to go on: the same command with --resume-from-checkpoint true", style="yellow")
+        raise
     emit(done.results, as_json, lambda console: _show(console, done))
 
 
@@ -82,6 +87,7 @@ def _show(console: Console, done: Any) -> None:
     for key, name in (("train_loss", "training loss"), ("eval_loss", "evaluation loss")):
         if key in results:
             console.print(f"  {name:16} {results[key]:.4f}")
+    console.print(f"  {'speed':16} {results['train_tokens_per_second']:,.0f} tokens/s")
     console.print(f"  {'trained':16} {results['trainable_params']:,} of {results['all_params']:,} parameters")
     console.print(f"  {'reloaded':16} {done.parity}", markup=False)
     console.print(f"  talk to it: deltaw chat --adapter {done.output_dir}", markup=False, soft_wrap=True)

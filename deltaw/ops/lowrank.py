@@ -106,10 +106,9 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        out = F.linear(rows, cast(store.dequantize(), dtype), None if bias is None else cast(bias, dtype))
         fed = rows if keep is None else _drop(rows, keep, p)
         low = fed @ cast(A, dtype).t()  # (n, r)
-        out.addmm_(low, cast(B * scaling, dtype).t())
+        out = _sum_once(rows, cast(store.dequantize(), dtype), low, cast(B * scaling, dtype), bias)  # (n, out)
         ctx.recipe, inputs = kept(x)
         ctx.save_for_backward(A, B, low, keep, *inputs)
         ctx.store, ctx.scaling, ctx.p, ctx.lead = store, scaling, p, x.shape[:-1]
@@ -131,17 +130,32 @@ class _LowRankLinear(torch.autograd.Function):
                 fed = rows if keep is None else _drop(rows, keep, ctx.p)
                 dA = cast(down.t() @ fed, A.dtype)
             if need_x:
-                dx = grad @ cast(ctx.store.dequantize(), dtype)  # (n, in)
-                if keep is None:
-                    dx.addmm_(down, cast(A, dtype))
-                else:
-                    dx += _drop(down @ cast(A, dtype), keep, ctx.p)
+                dx = down @ cast(A, dtype)  # (n, in)
+                if keep is not None:
+                    dx = _drop(dx, keep, ctx.p)
+                dx.addmm_(grad, cast(ctx.store.dequantize(), dtype))  # in this order, for the reason in _sum_once
                 dx = dx.view(*ctx.lead, A.shape[1])
         if need_B:
             dB = cast(grad.t() @ low, B.dtype).mul_(ctx.scaling)
         if need_bias:
             dbias = cast(grad.sum(0, dtype=torch.float32), ctx.bias_dtype)
         return dx, dA, dB, dbias, None, None, None, None
+
+
+def _sum_once(rows: Tensor, weight: Tensor, low: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """rows W^T + low B^T + bias, accumulated in float32 and rounded once.
+
+    The order matters in half precision. An update that is added to the base's rounded output is lost where it is
+    smaller than half a unit in the output's last place, and early in training most of it is. So the small product comes
+    first and the large one is accumulated onto it; with a bias, which would swallow the small product in turn, the two
+    are one product over concatenated factors. With B = 0 all three are bitwise the base's own output.
+    """
+    if bias is not None and rows.dtype in (torch.bfloat16, torch.float16):
+        return F.linear(torch.cat([rows, low], 1), torch.cat([weight, B], 1), cast(bias, rows.dtype))
+    out = low @ B.t()
+    if bias is not None:
+        out += bias
+    return out.addmm_(rows, weight.t())
 
 
 def _drop(rows: Tensor, keep: Tensor, p: float) -> Tensor:

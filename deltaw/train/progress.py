@@ -43,7 +43,7 @@ class ProgressCallback(TrainerCallback):
         self._rate: float | None = None
         self._begun = 0.0
         self._first_step = 0  # a resumed run begins later than 0: its pace is measured from here
-        self._first_tokens = 0
+        self.first_tokens = 0  # tokens that were seen before this run began
 
     # --- what the trainer calls
 
@@ -52,7 +52,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self._begun = time.perf_counter()
         self._first_step = state.global_step
-        self._first_tokens = _tokens_of(state, {}) or 0
+        self.first_tokens = _tokens_of(state, {}) or 0
         self._loss = self._rate = None
         if self.quiet or not state.is_world_process_zero:
             return
@@ -146,9 +146,9 @@ class ProgressCallback(TrainerCallback):
                 return float(logs[key])
         tokens = _tokens_of(state, logs)
         elapsed = time.perf_counter() - self._begun
-        if not tokens or tokens <= self._first_tokens or elapsed <= 0:
+        if not tokens or tokens <= self.first_tokens or elapsed <= 0:
             return self._rate
-        return (tokens - self._first_tokens) / elapsed
+        return (tokens - self.first_tokens) / elapsed
 
     def _seconds_left(self, state: TrainerState) -> float | None:
         done = state.global_step - self._first_step

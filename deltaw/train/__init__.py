@@ -1,0 +1,7 @@
+"""Training: the config, the trainer, the fast loss. Exact, and on top of transformers' Trainer."""
+
+from deltaw.train.config import SFTConfig
+from deltaw.train.loss import causal_lm_loss
+from deltaw.train.trainer import SFTTrainer
+
+__all__ = ["SFTConfig", "SFTTrainer", "causal_lm_loss"]

@@ -1,0 +1,78 @@
+"""``SFTConfig``: transformers' TrainingArguments, with defaults for adapters and the few fields that data needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from deltaw.data import RenderSettings
+from deltaw.errors import ConfigError
+
+__all__ = ["SFTConfig"]
+
+log = logging.getLogger("deltaw")
+
+
+@dataclasses.dataclass
+class SFTConfig(TrainingArguments):
+    """How a supervised fine-tuning run goes. Every field of ``TrainingArguments`` is here too.
+
+    Args:
+        max_length: longest example in tokens; a longer one is an error if the cut would lose supervised text.
+        completion_only_loss: loss on the completion only; None: wherever a row has one.
+        assistant_only_loss: loss on the assistant's turns only (it is so for ``messages`` in any case).
+        dataset_text_field: the column of plain-text rows.
+        allow_truncation: let ``max_length`` cut supervised text.
+        chat_template: a chat template in place of the tokenizer's.
+        packing: several examples in one row; not supported yet.
+        fast_loss: supervised-row loss and lean blocks; False runs the model's own forward.
+        max_seq_length: older name of ``max_length``.
+        model_init_kwargs: passed on when ``model`` is given by name.
+    """
+
+    learning_rate: float = 2e-4
+    logging_steps: float = 10
+    report_to: None | str | list[str] = "none"
+    remove_unused_columns: bool = False
+    include_num_input_tokens_seen: str | bool = "non_padding"
+
+    max_length: int | None = 1024
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    dataset_text_field: str = "text"
+    allow_truncation: bool = False
+    chat_template: str | None = None
+    packing: bool = False
+    fast_loss: bool = True
+    max_seq_length: int | None = None
+    model_init_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length is not None:
+            log.warning("max_seq_length is called max_length now; taking it as such")
+            self.max_length, self.max_seq_length = self.max_seq_length, None
+        faults = []
+        if self.packing:
+            faults.append("packing=True is not supported yet; train_sampling_strategy='group_by_length' saves padding")
+        if self.max_length is not None and self.max_length < 2:
+            faults.append(f"max_length={self.max_length}: an example needs at least two tokens")
+        if faults:
+            raise ConfigError("SFTConfig:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise transformers refuses bf16 on a machine that has nothing but a CPU
+        super().__post_init__()
+
+    def render_settings(self) -> RenderSettings:
+        """The part of the config that decides how rows become tokens."""
+        return RenderSettings(
+            max_length=self.max_length,
+            completion_only_loss=self.completion_only_loss,
+            assistant_only_loss=self.assistant_only_loss,
+            text_field=self.dataset_text_field,
+            allow_truncation=self.allow_truncation,
+            chat_template=self.chat_template,
+        )

@@ -1,0 +1,230 @@
+"""``SFTTrainer``: transformers' Trainer for supervised fine-tuning with adapters.
+
+Rows are rendered and checked before the first weight moves; the loss is the fast one; only adapters are saved. It works
+whether or not PEFT is installed: what transformers asks of PEFT's classes is answered here for ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from deltaw import checkpoint
+from deltaw.adapters import PeftConfig
+from deltaw.data import Collator, as_rows, check_rendered, render_all
+from deltaw.errors import ConfigError, ModelError
+from deltaw.loading import load_model, load_tokenizer
+from deltaw.model import PeftModel, get_peft_model
+from deltaw.modules import dtype_of
+from deltaw.train.config import SFTConfig
+from deltaw.train.fast import compile_layers, fast_blocks
+from deltaw.train.loss import causal_lm_loss, require_fast_loss
+
+__all__ = ["SFTTrainer"]
+
+log = logging.getLogger("deltaw")
+
+
+class SFTTrainer(Trainer):
+    """Fine-tunes a causal language model on rows of text.
+
+    Args:
+        model: a model, a PeftModel, or a name or folder (loaded in the dtype of its checkpoint).
+        args: an :class:`SFTConfig`; its ``output_dir`` is where checkpoints go.
+        train_dataset: rows (prompt/completion, messages, alpaca, text) as a list or a Dataset; or rows that are tokens
+            already (``input_ids`` and ``labels``).
+        eval_dataset: the same.
+        processing_class: the tokenizer; by default the model's own.
+        peft_config: put a new adapter on the model; otherwise train what is trainable.
+        kwargs: further arguments of ``transformers.Trainer`` (``callbacks``, ``optimizers``, ...).
+
+    Raises:
+        DataError: all that is wrong with the rows, before training.
+        ConfigError, ModelError, TargetError: a run that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = SFTConfig(output_dir="deltaw-output") if args is None else args
+        if not isinstance(args, SFTConfig):
+            raise ConfigError(f"args must be an SFTConfig, not {type(args).__name__}: deltaw.SFTConfig(output_dir=...)")
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        tokenizer = processing_class or load_tokenizer(name, chat_template=args.chat_template)
+        # Rows first: they are cheap to check, and a fault here must not cost the time a model takes to load.
+        train_features = self._features(train_dataset, tokenizer, args, "train_dataset")
+        eval_features = self._features(eval_dataset, tokenizer, args, "eval_dataset")
+        if isinstance(model, str):
+            model = load_model(model, **(args.model_init_kwargs or {}))
+            log.info("loaded %s in %s, the dtype of its checkpoint", name, dtype_of(model))
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ModelError(
+                "nothing to train: every parameter is frozen; pass peft_config=LoraConfig(...), or load the adapter "
+                "with is_trainable=True"
+            )
+        self.fast = args.fast_loss and self._can_be_fast(model)
+        self._compile = args.torch_compile
+        super().__init__(
+            model=model,
+            args=self._own_args(args, model),
+            data_collator=data_collator or Collator(self._pad_id(tokenizer)),
+            train_dataset=train_features,
+            eval_dataset=eval_features,
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        # What transformers learns from the class of the model inside it cannot see through a wrapper that is not PEFT's.
+        self.label_names = ["labels"] if args.label_names is None else args.label_names
+        self.can_return_loss = False
+        if self.fast:
+            self.model_accepts_loss_kwargs = True
+            self._loss_shifts_labels = True
+
+    # --- before training ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _features(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, which: str) -> Any:
+        """Token ids and labels for each row, checked; rows that are tokens already pass through."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {key: SFTTrainer._features(part, tokenizer, args, key) for key, part in dataset.items()}
+        rows = as_rows(dataset)
+        if rows and "input_ids" in rows[0]:
+            return rows
+        settings = args.render_settings()
+        rendered = render_all(rows, tokenizer, settings)
+        report = check_rendered(rendered, tokenizer, settings)
+        for note in report.notes:
+            log.info("%s: %s", which, note)
+        report.raise_if_bad()
+        return [example.as_features() for example in rendered]
+
+    @staticmethod
+    def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+        pad = tokenizer.pad_token_id
+        return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+
+    @staticmethod
+    def _can_be_fast(model: nn.Module) -> bool:
+        try:
+            require_fast_loss(model)
+        except ModelError as error:
+            log.warning("the run uses the model's own loss: %s", error)
+            return False
+        return True
+
+    def _own_args(self, args: SFTConfig, model: nn.Module) -> SFTConfig:
+        """A copy of the arguments with what this trainer does itself taken out."""
+        args = copy.copy(args)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype_of(base))  # type: ignore[arg-type]
+        if half and args.mixed_precision == half:
+            # the base computes in half precision by itself and the adapters are float32 masters: autocast adds only casts
+            log.info("%s=True: the base is in %s already, so autocast is left off", half, half)
+            args.bf16 = args.fp16 = False
+            args.mixed_precision = "no"
+        args.torch_compile = False  # layers are compiled one by one when training starts
+        return args
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if self._compile:
+            log.info("compiling %d layers one by one", compile_layers(base))
+        if not self.fast:
+            return super()._inner_training_loop(*args, **kwargs)
+        # over the whole loop, not only forward: activation checkpointing runs forward again during backward
+        with fast_blocks(base, modules=not self._compile):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        whole = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        # a wrapper (DDP, FSDP) must see forward itself to reduce gradients, so there the model's own loss is taken
+        if not self.fast or return_outputs or whole is not model or self.compute_loss_func or self.label_smoother:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = causal_lm_loss(model, num_items_in_batch=num_items_in_batch, **inputs)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        if not (self.fast and prediction_loss_only):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        for key, value in list(metrics.items()):
+            if key.endswith("_loss"):
+                metrics[key.removesuffix("loss") + "perplexity"] = math.exp(min(value, 700.0))
+        return metrics
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(whole, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        whole.save_pretrained(folder)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        whole = self.model if model is None else model
+        if not isinstance(whole, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self._load_adapters(whole, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            self._load_adapters(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @staticmethod
+    def _load_adapters(model: PeftModel, folder: str) -> None:
+        """The weights of every adapter in a checkpoint, strictly, into the adapters that are in place."""
+        for name, config in model.peft_config.items():
+            where = Path(folder) if name == "default" else Path(folder) / name
+            checkpoint.load_tensors(model.get_base_model(), name, config, checkpoint.read_tensors(where), str(where))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids"]
+
+

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deltaw.weights import DenseStore, has_store, register_store, store_of, wide
+
+
+def test_a_dense_store_is_a_handle_not_a_copy():
+    layer = nn.Linear(3, 2, dtype=torch.bfloat16)
+    store = store_of(layer)
+    assert isinstance(store, DenseStore)
+    assert store.dequantize() is layer.weight
+    assert (store.shape, store.dtype, store.device.type, store.requires_grad) == ((2, 3), torch.bfloat16, "cpu", True)
+    layer.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.float64), requires_grad=False)
+    assert store.dequantize() is layer.weight  # a replaced parameter is seen
+    assert (store.dtype, store.requires_grad) == (torch.float64, False)
+
+
+def test_dense_store_multiplies_writes_and_restores_bitwise():
+    layer = nn.Linear(3, 2)
+    store, x, before = store_of(layer), torch.randn(4, 3), layer.weight.detach().clone()
+    assert torch.equal(store.linear(x, layer.bias), layer(x))
+    kept = store.keep()
+    store.requantize_(torch.zeros(2, 3))
+    assert not layer.weight.any()
+    store.restore_(kept)
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.requires_grad
+
+
+def test_a_module_without_a_store_is_named():
+    assert not has_store(nn.Embedding(2, 2))
+    with pytest.raises(TypeError, match="no weight store for Embedding.*register_store"):
+        store_of(nn.Embedding(2, 2))
+
+
+def test_the_newest_registration_wins(monkeypatch):
+    monkeypatch.setattr("deltaw.weights._STORES", [(nn.Linear, DenseStore)])
+
+    class Halved(nn.Linear):
+        pass
+
+    class HalvedStore(DenseStore):
+        def dequantize(self) -> Tensor:
+            return super().dequantize() / 2
+
+    register_store(Halved, HalvedStore)
+    assert type(store_of(Halved(2, 2))) is HalvedStore
+    assert type(store_of(nn.Linear(2, 2))) is DenseStore
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_wide(given, used):
+    assert wide(torch.zeros(1, dtype=given)).dtype == used
