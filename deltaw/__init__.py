@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it. Loaded on first use, so that `deltaw --help` never waits for torch.
+# Public name -> the module that defines it, loaded on first use: `deltaw --help` never waits for torch.
 _PUBLIC = {
     "LoraConfig": "deltaw.adapters",
     "PeftConfig": "deltaw.adapters",
@@ -26,7 +26,24 @@ _PUBLIC = {
     "PRESETS": "deltaw.presets",
 }
 
-__all__ = [*sorted(_PUBLIC), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "PRESETS",
+    "LoraConfig",
+    "MergeReport",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "SFTConfig",
+    "SFTTrainer",
+    "TaskType",
+    "__version__",
+    "causal_lm_loss",
+    "get_peft_model",
+    "inject_adapter_in_model",
+    "load_model",
+    "load_tokenizer",
+    "merge_report",
+]
 
 if TYPE_CHECKING:
     from deltaw.adapters import LoraConfig, PeftConfig, PeftType, TaskType, inject_adapter_in_model

@@ -1,4 +1,5 @@
-"""The model card that lies beside a saved adapter: the header that the hub reads, and how to load the adapter."""
+"""The model card that lies beside a saved adapter: the header that the hub reads, and how to load the
+adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def write_card(folder: Path, config: PeftConfig) -> None:
     rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items())
     path.write_text(
         "---\n" + "\n".join(header) + "\n---\n\n"
-        f"# {str(config.peft_type)} adapter\n\n"
+        f"# {config.peft_type!s} adapter\n\n"
         f"A low-rank adapter for `{base or 'its base model'}`, in PEFT's format.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n\n"
         "```python\n"

@@ -1,7 +1,7 @@
 """Adapters on disk: ``adapter_config.json`` + ``adapter_model.safetensors``, PEFT's format, strict both ways.
 
-Works on any module that carries adapters; knows nothing of PeftModel. Writing is atomic: each file is written beside
-its place and renamed, so that a crash leaves the old file or the new one.
+Works on any module that carries adapters; knows nothing of PeftModel. Writing is atomic: each file is written
+beside its place and renamed, so that a crash leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ log = logging.getLogger("deltaw")
 def adapter_tensors(
     model: nn.Module, name: str, config: PeftConfig, *, embeddings: bool = False
 ) -> dict[str, nn.Parameter | Tensor]:
-    """PEFT's key -> the live tensor, for all that belongs to adapter ``name`` of ``model`` (the unwrapped base).
+    """PEFT's key -> the live tensor, for all that belongs to adapter ``name`` of ``model`` (the unwrapped
+    base).
 
     Args:
         embeddings: the base's input embedding and output head too (after the vocabulary was resized).
@@ -81,10 +82,12 @@ def save_adapter(
     *,
     embeddings: bool | str = "auto",
 ) -> None:
-    """Writes adapter ``name`` into ``folder`` (config with ``inference_mode`` true, weights), each file atomically.
+    """Writes adapter ``name`` into ``folder`` (config with ``inference_mode`` true, weights), each file
+    atomically.
 
     Args:
-        embeddings: save the base's embedding and head too; ``"auto"``: when the vocabulary is not the base's any more.
+        embeddings: save the base's embedding and head too; ``"auto"``: when the vocabulary is not the base's
+            any more.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,8 @@ def save_adapter(
 
 
 def _vocabulary_changed(model: nn.Module, config: PeftConfig) -> bool:
-    """Whether the model's vocabulary differs from that of the base on disk (only a local base can be asked)."""
+    """Whether the model's vocabulary differs from that of the base on disk (only a local base can be
+    asked)."""
     ours = getattr(getattr(model, "config", None), "vocab_size", None)
     path = Path(str(config.base_model_name_or_path or "")) / "config.json"
     if ours is None or not path.is_file():
@@ -131,8 +135,9 @@ def read_tensors(
     folder = Path(name).expanduser() / (subfolder or "")
     if folder.is_dir() and not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).is_file():
         raise CheckpointError(
-            f"{folder / PICKLE_NAME} is a pickle, which can run code when it is read, so it is refused. If you trust it, "
-            f'convert it once: python -c "import torch; from safetensors.torch import save_file; '
+            f"{folder / PICKLE_NAME} is a pickle, which can run code when it is read, so it is refused. "
+            f'If you trust it, convert it once: python -c "import torch; '
+            f"from safetensors.torch import save_file; "
             f"save_file(torch.load('{folder / PICKLE_NAME}', weights_only=True), '{folder / WEIGHTS_NAME}')\""
         )
     path = find_file(name, WEIGHTS_NAME, subfolder, hub)
@@ -149,10 +154,11 @@ def read_tensors(
 def load_tensors(
     model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], where: str
 ) -> None:
-    """Copies ``tensors`` into adapter ``name`` of ``model``; checks all of them first, so a refusal changes nothing.
+    """Copies ``tensors`` into adapter ``name`` of ``model``; checks all of them first, so a refusal changes
+    nothing.
 
-    Every tensor of the file must find its place and every adapter parameter its tensor. Values are cast to the dtype
-    of the parameter; a parameter on the meta device is replaced by the tensor itself.
+    Every tensor of the file must find its place and every adapter parameter its tensor. Values are cast to
+    the dtype of the parameter; a parameter on the meta device is replaced by the tensor itself.
 
     Raises:
         CheckpointError: lists every missing, extra, misshapen and non-finite tensor at once.

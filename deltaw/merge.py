@@ -31,7 +31,8 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
         keep: keep a copy of each base weight, so that unmerging is bitwise.
 
     Raises:
-        MergeError: unknown or already merged adapters, or a result that is not finite; the base is then unchanged.
+        MergeError: unknown or already merged adapters, or a result that is not finite; the base is then
+            unchanged.
     """
     names = list(names)
     hosts = [
@@ -79,7 +80,8 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
 
 
 def _check_finite(hosts: list[tuple[str, HostLayer]], names: list[str], *, every_sum: bool) -> None:
-    """Refuses before the first write: NaN in an adapter and, where no copy is kept to go back to, any bad sum."""
+    """Refuses before the first write: NaN in an adapter and, where no copy is kept to go back to, any bad
+    sum."""
     bad = [
         f"{path} ({name})"
         for path, host in hosts
@@ -134,7 +136,8 @@ def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
         merge: fold the adapters in first; otherwise the base comes back as it was.
 
     Raises:
-        MergeError: nothing to merge, unknown adapters, two that replace the same module, or a result not finite.
+        MergeError: nothing to merge, unknown adapters, two that replace the same module, or a result not
+            finite.
     """
     whole = {path: w for path, w in carriers(model) if isinstance(w, ModulesToSaveWrapper)}
     if merge:
@@ -192,7 +195,8 @@ class MergeReport:
 
     @classmethod
     def between(cls, apart: Tensor, merged: Tensor) -> Self:
-        """Compares logits (tokens, vocabulary) of the adapter beside its base with those of the merged model."""
+        """Compares logits (tokens, vocabulary) of the adapter beside its base with those of the merged
+        model."""
         a, b = apart.float(), merged.float()
         gap = (a - b).abs()
         kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
@@ -207,8 +211,9 @@ class MergeReport:
 
     def __str__(self) -> str:
         return (
-            f"merged against adapter over {self.tokens:,} tokens: logits differ by {self.mean_abs:.2e} on average, "
-            f"{self.max_abs:.2e} at most (logits are {self.scale:.1f} on average); same top token at "
+            f"merged against adapter over {self.tokens:,} tokens: "
+            f"logits differ by {self.mean_abs:.2e} on average, {self.max_abs:.2e} at most "
+            f"(logits are {self.scale:.1f} on average); same top token at "
             f"{self.same_argmax:.2%}; KL {self.kl:.2e} nats a token"
         )
 
@@ -219,7 +224,8 @@ def merge_report(model: Any, batches: Sequence[dict[str, Tensor]]) -> MergeRepor
 
     Args:
         model: a PeftModel of a causal language model.
-        batches: keyword arguments of forward, e.g. ``{"input_ids": ..., "attention_mask": ...}`` with (b, t) tensors.
+        batches: keyword arguments of forward, e.g. ``{"input_ids": ..., "attention_mask": ...}`` with (b, t)
+            tensors.
 
     Raises:
         MergeError: the adapters are merged already.

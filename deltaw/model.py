@@ -1,6 +1,7 @@
 """``PeftModel``: a base model and its adapters, with PEFT's methods, names and parameter paths.
 
-``model.base_model.model`` is the original model, changed in place. Saving is ``checkpoint``'s, merging ``merge``'s.
+``model.base_model.model`` is the original model, changed in place. Saving is ``checkpoint``'s, merging
+``merge``'s.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ class PeftModel(nn.Module):
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
-        # transformers asks a quantized model for this before it trains; on the base it would redirect save_pretrained
+        # transformers asks a quantized model for this before it trains; on the base it would redirect
+        # save_pretrained
         self._hf_peft_config_loaded = True
 
-    # --- the model inside ---------------------------------------------------------------------------------------
+    # --- the model inside -----------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,7 +131,7 @@ class PeftModel(nn.Module):
         }
         return names or None
 
-    # --- adapters -----------------------------------------------------------------------------------------------
+    # --- adapters -------------------------------------------------------------------------------------------
 
     def add_adapter(
         self,
@@ -141,7 +143,8 @@ class PeftModel(nn.Module):
         """Adds another adapter; it is not active until :meth:`set_adapter`.
 
         Raises:
-            AdapterError: the name exists or is not allowed, or a second adapter would train the base's biases.
+            AdapterError: the name exists or is not allowed, or a second adapter would train the base's
+                biases.
             TargetError, ConfigError: nothing was changed.
         """
         self.base_model.add(
@@ -152,7 +155,8 @@ class PeftModel(nn.Module):
         )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates one adapter, or several whose updates add up; the others are frozen. Merged ones come out first.
+        """Activates one adapter, or several whose updates add up; the others are frozen. Merged ones come out
+        first.
 
         Args:
             inference_mode: freeze the activated ones too.
@@ -174,9 +178,7 @@ class PeftModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model is the bare base (merged adapters are taken out first)."""
         if any(trained_biases(self.get_base_model(), config) for config in self.peft_config.values()):
-            log.warning(
-                "bias != 'none': the base's biases were trained, so the base in this block is not the original"
-            )
+            log.warning("bias != 'none': the base's biases were trained, so this is not the original base")
         before = self.base_model.disabled
         self.base_model.disable_adapter_layers()
         try:
@@ -185,7 +187,7 @@ class PeftModel(nn.Module):
             if not before:
                 self.base_model.enable_adapter_layers()
 
-    # --- counting -----------------------------------------------------------------------------------------------
+    # --- counting -------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; tied weights count once."""
@@ -199,10 +201,11 @@ class PeftModel(nn.Module):
         """PEFT's line, to the character."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
         )
 
-    # --- files --------------------------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------------------
 
     def save_pretrained(
         self,
@@ -221,7 +224,8 @@ class PeftModel(nn.Module):
         """
         if kwargs.get("path_initial_model_for_weight_conversion") is not None:
             raise CheckpointError(
-                "path_initial_model_for_weight_conversion is for initialisers that change the base; deltaw has none yet"
+                "path_initial_model_for_weight_conversion is for initialisers that change the base; "
+                "deltaw has none of them yet, so leave it out"
             )
         root = Path(save_directory)
         if root.is_file():
@@ -322,7 +326,7 @@ class PeftModel(nn.Module):
             self.base_model.take_back(adapter_name, flags)
             raise
 
-    # --- merging ------------------------------------------------------------------------------------------------
+    # --- merging --------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Folds the active (or named) adapters into the base weights, keeping a copy for a bitwise unmerge.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 __all__ = [
     "dtype_of",
     "frozen",
+    "is_checkpointing",
     "layer_index",
     "matches",
     "name_of",
@@ -40,7 +41,8 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str | None:
 
 
 def matches(name: str, spec: str | Iterable[str]) -> bool:
-    """PEFT's rule for naming modules: a string is a full regular expression, a list holds exact names or suffixes."""
+    """PEFT's rule for naming modules: a string is a full regular expression, a list holds exact names or
+    suffixes."""
     if isinstance(spec, str):
         return re.fullmatch(spec, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in spec)
@@ -49,7 +51,8 @@ def matches(name: str, spec: str | Iterable[str]) -> bool:
 def layer_index(name: str, patterns: str | Sequence[str] | None) -> int | None:
     """The number of the repeated layer that ``name`` lies in, or None.
 
-    ``patterns`` names the list that holds the layers (``"layers"``, ``"h"``); without it the first number counts.
+    ``patterns`` names the list that holds the layers (``"layers"``, ``"h"``); without it the first number
+    counts.
     """
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -61,7 +64,7 @@ def layer_index(name: str, patterns: str | Sequence[str] | None) -> int | None:
     return None
 
 
-def pattern_value(patterns: dict[str, int | float], name: str) -> tuple[str, int | float] | None:
+def pattern_value(patterns: Mapping[str, int | float], name: str) -> tuple[str, int | float] | None:
     """The first entry of a ``rank_pattern``/``alpha_pattern`` whose key matches ``name``, as (key, value)."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", name):
@@ -82,6 +85,11 @@ def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
             if value is not None:
                 owners.setdefault(value, []).append(f"{prefix}.{key}" if prefix else key)
     return owners
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether any part of a transformers model recomputes its activations in backward."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """How a base weight is kept: the weight-store contract, and its dense store.
 
 A store is a handle on one weight of one module. It reads (``dequantize``), is written (``requantize_``) and
-multiplies (``linear``). Whoever adapts a weight sees only this contract, so a quantized weight is one new store and
-one :func:`register_store` line. Knows nothing of adapters.
+multiplies (``linear``). Whoever adapts a weight sees only this contract, so a quantized weight is one new
+store and one :func:`register_store` line. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -119,8 +119,10 @@ def register_store(module_type: type[nn.Module], make: Callable[[nn.Module], Wei
 
 
 def has_store(module: nn.Module) -> bool:
-    """Whether the weight of ``module`` can be adapted."""
-    return any(isinstance(module, kind) for kind, _ in _STORES)
+    """Whether the weight of ``module`` can be adapted: there is a store that reads it as real numbers."""
+    store = next((make(module) for kind, make in _STORES if isinstance(module, kind)), None)
+    # a layer whose weight is packed bytes comes from a library that has no store here
+    return store is not None and store.dtype.is_floating_point
 
 
 def store_of(module: nn.Module) -> WeightStore:

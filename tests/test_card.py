@@ -37,8 +37,8 @@ def test_a_folder_of_this_machine_is_not_announced_as_a_base_of_the_hub(tmp_path
 
 
 def test_a_quote_in_a_name_stays_yaml(tmp_path):
-    write_card(tmp_path, LoraConfig(base_model_name_or_path="org/it's: \"b\""))
-    assert header(tmp_path)[0]["base_model"] == "org/it's: \"b\""
+    write_card(tmp_path, LoraConfig(base_model_name_or_path='org/it\'s: "b"'))
+    assert header(tmp_path)[0]["base_model"] == 'org/it\'s: "b"'
 
 
 def test_a_card_that_is_there_is_the_user_s(tmp_path, llama):

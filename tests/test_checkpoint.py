@@ -5,9 +5,11 @@ import logging
 import os
 import shutil
 
+import hypothesis.strategies as st
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from peer import ATTENTION, adapted, close, logits, pair, same_state, state, stir
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,11 @@ FIELDS = [
     {"target_modules": "all-linear", "use_rslora": True, "r": 4},
     {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},  # means the layer norms too, as in PEFT
-    {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 2, r"1\..*v_proj": 3}, "alpha_pattern": {"k_proj": 5}},
+    {
+        "target_modules": ATTENTION,
+        "rank_pattern": {"q_proj": 2, r"1\..*v_proj": 3},
+        "alpha_pattern": {"k_proj": 5},
+    },
     {"target_modules": ATTENTION, "bias": "all"},
     {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
     {"target_modules": ATTENTION, "lora_bias": True},
@@ -42,7 +48,7 @@ def tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-# --- both ways ----------------------------------------------------------------------------------------------------
+# --- both ways ----------------------------------------------------------------------------------------------
 
 
 HEAD = "base_model.model.lm_head.base_layer.weight"
@@ -56,7 +62,8 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEFT_SAYS]
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_ours_loads_in_peft_and_peft_s_loads_here(make_llama, ids, tmp_path, fields):
-    """The tensors are bitwise the same; the logits agree to 1e-6 of the largest (another order of summation)."""
+    """The tensors are bitwise the same; the logits agree to 1e-6 of the largest (another order of
+    summation)."""
     ours, theirs = pair(lambda: build(make_llama), **fields)
     expected = logits(stir(ours), ids)
     stir(theirs)
@@ -141,13 +148,15 @@ def test_the_file_is_plain_safetensors_without_the_adapter_s_name(llama, tmp_pat
     ]
 
 
-# --- loading ------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(make_llama, tmp_path):
     """A folder with a stirred adapter on q_proj and up_proj."""
-    model = deltaw.get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_dropout=0.1))
+    model = deltaw.get_peft_model(
+        make_llama(), LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_dropout=0.1)
+    )
     stir(model).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -182,7 +191,9 @@ def test_loaded_for_use_or_for_training(make_llama, saved):
 
 
 def test_loading_beside_a_training_adapter_changes_nothing_of_it(make_llama, saved, ids):
-    model = deltaw.get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model = deltaw.get_peft_model(
+        make_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     before, trained = logits(model, ids), [n for n, p in model.named_parameters() if p.requires_grad]
     model.load_adapter(saved, "other")
     assert [n for n, p in model.named_parameters() if p.requires_grad] == trained
@@ -193,7 +204,8 @@ def test_loading_beside_a_training_adapter_changes_nothing_of_it(make_llama, sav
 
 
 def test_overlapping_patterns_keep_their_order_in_our_files(make_llama, ids, tmp_path):
-    """The first key that matches wins. PEFT sorts the keys when it writes, and then cannot read its own file."""
+    """The first key that matches wins. PEFT sorts the keys when it writes, and then cannot read its own
+    file."""
     patterns = {"q_proj": 2, r"layers\.1\..*": 3}
     model = stir(
         deltaw.get_peft_model(
@@ -243,10 +255,19 @@ def put(key, value):
     ("change", "words"),
     [
         (lambda t: {k: v for k, v in t.items() if k != Q0}, f"missing: {Q0}"),
-        (lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}, "no place for: .*layers.7.*mean"),
-        (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "no place for: model.layers"),
+        (
+            lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()},
+            "no place for: .*layers.7.*mean",
+        ),
+        (
+            lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()},
+            "no place for: model.layers",
+        ),
         (put("base_model.model.more", lambda t: torch.ones(2)), "no place for: base_model.model.more"),
-        (put(Q0, lambda t: torch.ones(3, 32)), rf"shape of {Q0}: \(3, 32\) in the file, \(2, 32\) in the model"),
+        (
+            put(Q0, lambda t: torch.ones(3, 32)),
+            rf"shape of {Q0}: \(3, 32\) in the file, \(2, 32\) in the model",
+        ),
         (put(Q0, lambda t: t[Q0].T.contiguous()), rf"shape of {Q0}: \(32, 2\) in the file"),
         (put(Q0, lambda t: t[Q0].to(torch.int8)), f"dtype of {Q0}: torch.int8 in the file"),
         (put(Q0, lambda t: t[Q0] * float("nan")), f"not finite: {Q0}"),
@@ -280,7 +301,11 @@ def test_tensors_that_do_not_fit_are_refused_and_nothing_stays(make_llama, saved
 def test_all_faults_are_in_one_error(make_llama, saved):
     def change(found):
         del found[Q0]
-        return {**found, Q0.replace("lora_A", "lora_C"): torch.ones(2, 32), Q0.replace("_A", "_B"): torch.ones(1)}
+        return {
+            **found,
+            Q0.replace("lora_A", "lora_C"): torch.ones(2, 32),
+            Q0.replace("_A", "_B"): torch.ones(1),
+        }
 
     edit(saved, change)
     with pytest.raises(CheckpointError) as error:
@@ -296,11 +321,15 @@ def test_all_faults_are_in_one_error(make_llama, saved):
 def test_another_size_lists_its_shapes_and_another_architecture_its_names(saved):
     from architectures import build as build_architecture
 
-    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM \(\d+ faults\).*(\n.*)*\(2, 32\).*\(2, 16\)"):
+    with pytest.raises(
+        CheckpointError, match=r"LlamaForCausalLM \(\d+ faults\).*(\n.*)*\(2, 32\).*\(2, 16\)"
+    ):
         PeftModel.from_pretrained(build_architecture("llama"), saved)
     base = build_architecture("gpt_neox")
     before = state(base)
-    with pytest.raises(TargetError, match="match no layer of GPTNeoXForCausalLM.*its layers are.*query_key_value"):
+    with pytest.raises(
+        TargetError, match=r"match no layer of GPTNeoXForCausalLM.*its layers are.*query_key_value"
+    ):
         PeftModel.from_pretrained(base, saved)
     assert same_state(base, before)
 
@@ -318,11 +347,33 @@ def test_a_truncated_file_is_damaged(make_llama, saved, cut):
         PeftModel.from_pretrained(make_llama(), saved)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_with_changed_bytes_loads_or_gives_one_clear_error(make_llama, saved, data):
+    path = saved / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    where = data.draw(st.integers(0, 900))  # the header and some tensors
+    changed = bytearray(whole)
+    changed[where] = data.draw(st.integers(0, 255))
+    base = make_llama(layers=2)
+    before = state(base)
+    try:
+        path.write_bytes(bytes(changed))
+        PeftModel.from_pretrained(base, saved).unload()
+    except CheckpointError as error:
+        assert str(saved) in str(error)  # noqa: PT017
+    finally:
+        path.write_bytes(whole)
+    assert same_state(base, before)
+
+
 def test_a_pickle_is_refused_with_the_command_that_converts_it(make_llama, saved, ids):
     expected = logits(PeftModel.from_pretrained(make_llama(), saved), ids)
     torch.save(tensors(saved), saved / "adapter_model.bin")
     (saved / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="is a pickle, which can run code.*convert it once: python -c") as error:
+    with pytest.raises(
+        CheckpointError, match=r"is a pickle, which can run code.*convert it once: python -c"
+    ) as error:
         PeftModel.from_pretrained(make_llama(), saved)
     command = str(error.value).split('python -c "')[1].rstrip('"')
     exec(command)
@@ -333,9 +384,17 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(make_llama, saved
     ("damage", "kind", "words"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), CheckpointError, "holds no adapter_config.json"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), CheckpointError, "holds no adapter_model.safetensors"),
+        (
+            lambda f: (f / "adapter_model.safetensors").unlink(),
+            CheckpointError,
+            "holds no adapter_model.safetensors",
+        ),
         (lambda f: (f / "adapter_config.json").write_text('{"r":'), CheckpointError, "not valid JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), CheckpointError, "does not describe an adapter"),
+        (
+            lambda f: (f / "adapter_config.json").write_text("{}"),
+            CheckpointError,
+            "does not describe an adapter",
+        ),
         (lambda f: shutil.rmtree(f), CheckpointError, "no adapter at .*not a folder here"),
     ],
 )
@@ -353,7 +412,9 @@ def test_a_method_of_peft_s_that_is_not_here_is_named(make_llama, tmp_path):
     theirs.save_pretrained(tmp_path / "dora")
     with pytest.raises(ConfigError, match="use_dora=True: a setting of PEFT's that deltaw does not support"):
         PeftModel.from_pretrained(make_llama(), tmp_path / "dora")
-    theirs = peft.get_peft_model(make_llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    theirs = peft.get_peft_model(
+        make_llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    )
     theirs.save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConfigError, match="peft_type 'IA3' is not a method of deltaw"):
         PeftModel.from_pretrained(make_llama(), tmp_path / "ia3")
@@ -364,14 +425,18 @@ def test_an_unknown_argument_is_an_error(make_llama, saved):
         PeftModel.from_pretrained(make_llama(), saved, is_trainabel=True)
 
 
-# --- saving -------------------------------------------------------------------------------------------------------
+# --- saving -------------------------------------------------------------------------------------------------
 
 
 def test_saving_over_an_old_one_replaces_it_and_leaves_no_parts(llama, saved):
     model = deltaw.get_peft_model(llama, LoraConfig(target_modules=["o_proj"]))
     model.save_pretrained(saved)
     assert all("o_proj" in key for key in tensors(saved))
-    assert sorted(p.name for p in saved.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_a_crash_while_writing_leaves_the_old_file(llama, saved, monkeypatch):

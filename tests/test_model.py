@@ -1,4 +1,5 @@
-"""PeftModel: named adapters, what is active, what is printed, and how it lives with torch and transformers."""
+"""PeftModel: named adapters, what is active, what is printed, and how it lives with torch and
+transformers."""
 
 import copy
 import io
@@ -61,7 +62,7 @@ def test_the_parts_have_peft_s_names(model, llama):
         _ = model.nothing
 
 
-# --- several adapters ---------------------------------------------------------------------------------------------
+# --- several adapters ---------------------------------------------------------------------------------------
 
 
 def test_each_active_set_is_peft_s(make_llama, ids):
@@ -138,7 +139,7 @@ def test_biases_belong_to_one_adapter(make_llama):
     model = deltaw.get_peft_model(make_llama(bias=True), LoraConfig(**A, bias="lora_only"))
     biases = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
     assert len(biases) == 4
-    with pytest.raises(AdapterError, match="'default' trains the base's biases already.*use bias='none'"):
+    with pytest.raises(AdapterError, match=r"'default' trains the base's biases already.*use bias='none'"):
         model.add_adapter("b", LoraConfig(**B, bias="all"))
     model.add_adapter("b", LoraConfig(**B))
     model.set_adapter("b")
@@ -176,7 +177,7 @@ def test_mistakes_are_errors_with_a_cure_and_change_nothing(model, act, words):
     assert model.active_adapters == ["default"]
 
 
-# --- disabling ----------------------------------------------------------------------------------------------------
+# --- disabling ----------------------------------------------------------------------------------------------
 
 
 def test_disable_adapter_is_the_base_bitwise_and_comes_back(model, llama, make_llama, ids):
@@ -202,7 +203,7 @@ def test_disable_takes_merged_adapters_out(model, make_llama, ids):
     model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(logits(model, ids), logits(make_llama(), ids))
-        assert same_state(make_llama(), {k: v for k, v in _plain(model).items()})
+        assert same_state(make_llama(), _plain(model))
     assert torch.equal(logits(model, ids), adapted)
 
 
@@ -233,7 +234,7 @@ def test_disabling_with_trained_biases_is_said(make_llama, caplog):
     assert "biases were trained" in caplog.text
 
 
-# --- torch and transformers ---------------------------------------------------------------------------------------
+# --- torch and transformers ---------------------------------------------------------------------------------
 
 
 def test_deepcopy_and_pickle_are_whole_and_apart(model, ids):
@@ -241,7 +242,11 @@ def test_deepcopy_and_pickle_are_whole_and_apart(model, ids):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
         assert torch.equal(logits(other, ids), out)
         stir(other)
         assert not torch.equal(logits(other, ids), out)
@@ -276,7 +281,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama, ids, first, reen
     llama.train()
 
     def switch_on(model):
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": reentrant})
 
     if first == "checkpointing":
@@ -286,7 +293,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama, ids, first, reen
     if first == "wrap":
         switch_on(model)
     else:
-        disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
+        disable = (
+            getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
+        )
         disable()
     results = []
     for each in (plain, model):
@@ -339,6 +348,17 @@ def test_the_base_and_its_revision_are_recorded(llama):
     model.add_adapter("b", LoraConfig(**B))
     assert [c.base_model_name_or_path for c in model.peft_config.values()] == ["org/base"] * 2
     assert model.peft_config["default"].revision == "abc"
+
+
+def test_a_config_is_not_changed_by_its_use(make_llama):
+    """Otherwise "all-linear" would mean the first model's layers on the next one."""
+    config = LoraConfig(target_modules="all-linear")
+    small = deltaw.get_peft_model(make_llama(), config)
+    small.add_adapter("b", config)
+    assert config == LoraConfig(target_modules="all-linear")
+    assert isinstance(small.peft_config["default"].target_modules, set)
+    net = deltaw.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config)
+    assert net.peft_config["default"].target_modules == {"0"}
 
 
 def test_every_attention_layer_counts(make_llama):

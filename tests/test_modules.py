@@ -78,9 +78,20 @@ def test_weight_owners_shows_tied_weights(net):
     assert owners[net[0].bias] == ["0.bias"]
 
 
+def test_is_checkpointing_asks_every_part(llama):
+    assert not modules.is_checkpointing(llama)
+    llama.model.layers[1].gradient_checkpointing = True
+    assert modules.is_checkpointing(llama)
+
+
 def test_frozen_restores_each_flag_even_after_an_error(net):
     net[0].bias.requires_grad_(False)
-    with pytest.raises(ZeroDivisionError), modules.frozen(net.parameters()):
-        assert not any(p.requires_grad for p in net.parameters())
-        raise ZeroDivisionError
+
+    def fail():
+        with modules.frozen(net.parameters()):
+            assert not any(p.requires_grad for p in net.parameters())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [p.requires_grad for p in net.parameters()] == [True, False, True, True, True, True]

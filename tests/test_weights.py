@@ -10,7 +10,12 @@ def test_a_dense_store_is_a_handle_not_a_copy():
     store = store_of(layer)
     assert isinstance(store, DenseStore)
     assert store.dequantize() is layer.weight
-    assert (store.shape, store.dtype, store.device.type, store.requires_grad) == ((2, 3), torch.bfloat16, "cpu", True)
+    assert (store.shape, store.dtype, store.device.type, store.requires_grad) == (
+        (2, 3),
+        torch.bfloat16,
+        "cpu",
+        True,
+    )
     layer.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.float64), requires_grad=False)
     assert store.dequantize() is layer.weight  # a replaced parameter is seen
     assert (store.dtype, store.requires_grad) == (torch.float64, False)
@@ -30,8 +35,15 @@ def test_dense_store_multiplies_writes_and_restores_bitwise():
 
 def test_a_module_without_a_store_is_named():
     assert not has_store(nn.Embedding(2, 2))
-    with pytest.raises(TypeError, match="no weight store for Embedding.*register_store"):
+    with pytest.raises(TypeError, match=r"no weight store for Embedding.*register_store"):
         store_of(nn.Embedding(2, 2))
+
+
+def test_a_weight_packed_by_another_library_has_no_store():
+    """bitsandbytes' layers are nn.Linear too: their bytes must not be taken for a dense weight."""
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    assert not has_store(layer)
 
 
 def test_the_newest_registration_wins(monkeypatch):

@@ -1,10 +1,12 @@
-"""What PEFT calls ``base_model``: a model and the named adapters on it, which of them are active, and their configs.
+"""What PEFT calls ``base_model``: a model and the named adapters on it, which of them are active, and their
+configs.
 
 Any ``nn.Module`` will do. Knows nothing of files, and of merging only that a change of adapters undoes it.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -89,6 +91,7 @@ class AdaptedBase(nn.Module):
                 "use bias='none' for the other one"
             )
         flags = [(p, p.requires_grad) for p in self.parameters()]
+        config = copy.deepcopy(config)  # what is resolved against this model must not narrow the next one
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
         inject(self.model, config, name, strict=strict, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -117,7 +120,8 @@ class AdaptedBase(nn.Module):
                 carrier.modules_to_save[name].to(dtype_of(carrier.original_module))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates one adapter, or several whose updates add up; the others are frozen. Merged ones come out first.
+        """Activates one adapter, or several whose updates add up; the others are frozen. Merged ones come out
+        first.
 
         Args:
             inference_mode: freeze the activated ones too.

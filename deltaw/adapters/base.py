@@ -1,8 +1,8 @@
 """The adapter contract: one method's parameters on one layer.
 
-An adapter is a view: its tensors live on the host layer, in dictionaries keyed by adapter name, under the attribute
-paths PEFT uses (``lora_A["default"].weight``), so that parameter names, optimizers and files agree with PEFT's.
-A method is one file with its config and its adapter class, and one line in ``registry.py``.
+An adapter is a view: its tensors live on the host layer, in dictionaries keyed by adapter name, under the
+attribute paths PEFT uses (``lora_A["default"].weight``), so that parameter names, optimizers and files agree
+with PEFT's. A method is one file with its config and its adapter class, and one line in ``registry.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ __all__ = ["Adapter"]
 class Adapter(ABC):
     """One method's parameters on one host layer, under one adapter name."""
 
-    #: attributes of the host that hold this method's parameters, each a ModuleDict or ParameterDict by adapter name
+    #: attributes of the host that hold this method's parameters, each a ModuleDict or ParameterDict by
+    #: adapter name
     parameter_slots: ClassVar[tuple[str, ...]] = ()
     #: attributes of the host that hold this method's plain values and dropouts, each a dict by adapter name
     value_slots: ClassVar[tuple[str, ...]] = ()
@@ -55,7 +56,8 @@ class Adapter(ABC):
         """The adapted output, given the layer's input and the output so far."""
 
     def linear(self, x: Tensor, store: WeightStore, bias: Tensor | None) -> Tensor:
-        """Base and adapter in one step, x (..., in) -> (..., out); overridden where one fused operation does both."""
+        """Base and adapter in one step, x (..., in) -> (..., out); overridden where one fused operation does
+        both."""
         return self.forward(x, store.linear(x, bias))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -90,11 +92,12 @@ class Adapter(ABC):
             if self.name in held:
                 del held[self.name]
 
-    # Hooks for methods that act on the whole model while it trains; the trainer calls them for every method alike.
+    # Hooks for methods that act on the whole model while it trains; the trainer calls them for every method
+    # alike.
 
     def penalty(self) -> Tensor | None:
         """A term this layer adds to the training loss, or None."""
         return None
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027 (most methods have nothing to do here)
         """Called after each optimizer step."""

@@ -1,8 +1,8 @@
 """What every adapter config has in common, and how it is read from and written to ``adapter_config.json``.
 
-A config is a plain dataclass with PEFT's field names. Fields of PEFT's that a method here does not support are known
-by name (``unsupported``): at its default such a field is silent, away from it the config is refused.
-Knows nothing of layers.
+A config is a plain dataclass with PEFT's field names. Fields of PEFT's that a method here does not support
+are known by name (``unsupported``): at its default such a field is silent, away from it the config is
+refused. Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class PeftConfig:
                     )
         return faults
 
-    # --- dictionaries -------------------------------------------------------------------------------------------
+    # --- dictionaries ---------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values; sets become sorted lists."""
@@ -120,8 +120,8 @@ class PeftConfig:
     def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> Self:
         """Builds the config from a file's values.
 
-        Fields unknown to deltaw and PEFT 0.21 that hold nothing (null, false, empty) are reported in the log; one that
-        holds a value may change the arithmetic and is refused. All faults are reported at once.
+        Fields unknown to deltaw and PEFT 0.21 that hold nothing (null, false, empty) are reported in the log;
+        one that holds a value may change the arithmetic and is refused. All faults are reported at once.
 
         Raises:
             ConfigError: a value that cannot be honoured.
@@ -135,20 +135,22 @@ class PeftConfig:
                 ours[key] = value
             elif value:
                 faults.append(
-                    f"{key}={value!r}: neither deltaw nor PEFT 0.21 knows this setting, and it may change the result"
+                    f"{key}={value!r}: neither deltaw nor PEFT 0.21 knows this setting, "
+                    f"and it may change the result"
                     f"{did_you_mean(key, known)}"
                 )
             else:
                 log.warning("%s: unknown setting %s=%r has no effect here", where, key, value)
+        config = None
         try:
             config = cls(**ours)
         except ConfigError as error:
             faults += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
-        if faults:
+        if config is None or faults:
             raise ConfigError(f"cannot use {where}:\n" + "\n".join(f"  - {fault}" for fault in faults))
-        return config  # pyright: ignore[reportPossiblyUnboundVariable] (unbound only when there are faults)
+        return config
 
-    # --- files --------------------------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **values: Any) -> None:
         """Writes ``adapter_config.json`` with every field PEFT 0.21 writes, keys sorted, atomically.
@@ -159,7 +161,8 @@ class PeftConfig:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         merged = {**self.to_dict(), **values}
-        # only the top level is sorted: the first key of a pattern that matches wins, so their order means something
+        # only the top level is sorted: the first key of a pattern that matches wins, so their order means
+        # something
         written = {key: merged[key] for key in sorted(merged) if key not in self.unsaved}
         part = folder / f".{CONFIG_NAME}.{os.getpid()}.part"
         try:
@@ -179,7 +182,8 @@ class PeftConfig:
 
         Args:
             subfolder: folder of the adapter inside the repository.
-            kwargs: fields to set on the config that was read, and ``revision``/``token``/``cache_dir`` for the hub.
+            kwargs: fields to set on the config that was read, and ``revision``/``token``/``cache_dir`` for
+                the hub.
 
         Raises:
             CheckpointError: no such file, or a file that is not an adapter config.
@@ -210,7 +214,8 @@ HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_o
 def find_file(
     name: str | os.PathLike[str], filename: str, subfolder: str | None, kwargs: dict[str, Any]
 ) -> str:
-    """Local path of ``filename`` in an adapter folder, or fetched from the hub; takes the hub's keys out of kwargs.
+    """Local path of ``filename`` in an adapter folder, or fetched from the hub; takes the hub's keys out of
+    kwargs.
 
     Raises:
         CheckpointError: the file is in neither place.
@@ -230,7 +235,8 @@ def find_file(
         return hf_hub_download(str(name), filename, subfolder=subfolder, **hub)
     except Exception as error:  # the hub client raises many kinds; the cure is the same for each
         raise CheckpointError(
-            f"no adapter at {str(name)!r}: not a folder here, and the hub gave no {filename} ({type(error).__name__})"
+            f"no adapter at {str(name)!r}: not a folder here, "
+            f"and the hub gave no {filename} ({type(error).__name__})"
         ) from error
 
 

@@ -22,8 +22,9 @@ __all__ = ["HostLayer", "host_layers"]
 class HostLayer(nn.Module):
     """Wraps ``base_layer`` in place and holds any number of named adapters.
 
-    Attributes follow PEFT's layers: ``base_layer``, ``active_adapters``, ``merged_adapters``, ``disable_adapters``,
-    and one dictionary by adapter name for each kind of parameter (``lora_A``, ``scaling``, ...).
+    Attributes follow PEFT's layers: ``base_layer``, ``active_adapters``, ``merged_adapters``,
+    ``disable_adapters``, and one dictionary by adapter name for each kind of parameter (``lora_A``,
+    ``scaling``, ...).
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -36,7 +37,7 @@ class HostLayer(nn.Module):
         self._kept: tuple[Any, Tensor | None] | None = None  # the base as it was before merging
         self._shared: nn.Parameter | None = None  # the weight that other modules share, while merged
 
-    # --- the base -----------------------------------------------------------------------------------------------
+    # --- the base -------------------------------------------------------------------------------------------
 
     @property
     def store(self) -> WeightStore:
@@ -53,7 +54,7 @@ class HostLayer(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias  # type: ignore[return-value]
 
-    # --- the adapters -------------------------------------------------------------------------------------------
+    # --- the adapters ---------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -123,7 +124,8 @@ class HostLayer(nn.Module):
     set_adapter = set_active
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switches all adapters of this layer on or off; off means the bare base, so merged ones come out first."""
+        """Switches all adapters of this layer on or off; off means the bare base, so merged ones come out
+        first."""
         if not enabled and self.merged_adapters:
             self.unmerge()
         self._disabled = not enabled
@@ -132,7 +134,7 @@ class HostLayer(nn.Module):
         """The adapters that take part in forward now (none when disabled)."""
         return [] if self._disabled else [self._adapters[name] for name in self._active]
 
-    # --- forward ------------------------------------------------------------------------------------------------
+    # --- forward --------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [] if self.merged_adapters else self.active()
@@ -141,16 +143,18 @@ class HostLayer(nn.Module):
         return self.adapted(x, active, *args, **kwargs)
 
     def adapted(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward through the base and the active adapters; a kind of layer overrides it for one fused step."""
+        """Forward through the base and the active adapters; a kind of layer overrides it for one fused
+        step."""
         out = self.base_layer(x, *args, **kwargs)
         for adapter in active:
             out = adapter.forward(x, out)
         return out
 
-    # --- merging ------------------------------------------------------------------------------------------------
+    # --- merging --------------------------------------------------------------------------------------------
 
     def merged_tensors(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) in the base's dtype with ``names`` folded in: added in float32 or wider, rounded once.
+        """(weight, bias) in the base's dtype with ``names`` folded in: added in float32 or wider, rounded
+        once.
 
         Raises:
             MergeError: an adapter of a kind that has no ΔW, or a result that is not finite.

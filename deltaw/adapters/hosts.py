@@ -15,7 +15,8 @@ HOSTS: list[tuple[type[nn.Module], type[HostLayer]]] = [(nn.Linear, Linear)]
 
 
 def host_type(module: nn.Module, *, linear: bool = False) -> type[HostLayer] | None:
-    """The host for ``module``, or None when it cannot carry adapters; with ``linear`` only linear layers count."""
+    """The host for ``module``, or None when it cannot carry adapters; with ``linear`` only linear layers
+    count."""
     if isinstance(module, HostLayer):
         return type(module) if not linear or isinstance(module, Linear) else None
     for kind, host in HOSTS:

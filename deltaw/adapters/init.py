@@ -1,7 +1,7 @@
 """How A and B start, as a registry of functions: an initialiser is not a layer.
 
-Draws follow PEFT's order (both linears draw their default first, then A is drawn again), so that one seed gives PEFT
-and deltaw the same adapters.
+Draws follow PEFT's order (both linears draw their default first, then A is drawn again), so that one seed
+gives PEFT and deltaw the same adapters.
 """
 
 from __future__ import annotations

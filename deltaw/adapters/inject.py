@@ -1,4 +1,5 @@
-"""Puts adapters into a model: layers become hosts, everything else is frozen. A failure leaves the model as it was."""
+"""Puts adapters into a model: layers become hosts, everything else is frozen. A failure leaves the model as
+it was."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def inject(
     strict: bool = True,
     low_cpu_mem_usage: bool = False,
 ) -> Targets:
-    """Adds adapter ``name`` to the layers that ``config`` means and freezes the base. The adapter is not active yet.
+    """Adds adapter ``name`` to the layers that ``config`` means and freezes the base. The adapter is not
+    active yet.
 
     Args:
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be filled from a file.
@@ -104,7 +106,7 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
         raise AdapterError(
-            f"adapter name {name!r}: use letters, digits, '_' and '-', starting with a letter or digit, at most 64"
+            f"adapter name {name!r}: use letters, digits, '_' and '-', a letter or digit first, at most 64"
         )
     if name in RESERVED_NAMES:
         raise AdapterError(
@@ -123,7 +125,8 @@ def _own_parameters(carrier: HostLayer | ModulesToSaveWrapper) -> Iterator[nn.Pa
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Takes adapter ``name`` off every layer; a layer left without adapters becomes the plain base layer again."""
+    """Takes adapter ``name`` off every layer; a layer left without adapters becomes the plain base layer
+    again."""
     for layer_name, carrier in carriers(model):
         if isinstance(carrier, HostLayer):
             if name in carrier.adapters:
@@ -139,7 +142,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 def set_active(
     model: nn.Module, names: Sequence[str], configs: dict[str, Any], *, trainable: bool = True
 ) -> None:
-    """Activates adapters ``names`` and freezes the others; base biases train with the adapter whose config names them."""
+    """Activates adapters ``names`` and freezes the others; base biases train with the adapter whose config
+    names them."""
     for _, carrier in carriers(model):
         carrier.set_active(names, trainable)
     for name, config in configs.items():

@@ -33,8 +33,8 @@ class LoraConfig(PeftConfig):
 
     Args:
         r: rank of the update.
-        target_modules: names or suffixes (list), a full regular expression (str), or ``"all-linear"``; None takes the
-            architecture's customary layers.
+        target_modules: names or suffixes (list), a full regular expression (str), or ``"all-linear"``; None
+            takes the architecture's customary layers.
         exclude_modules: names, suffixes or a regular expression to leave out.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: probability of dropping an element of the adapter's input.
@@ -42,7 +42,8 @@ class LoraConfig(PeftConfig):
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
         modules_to_save: modules to train and save whole, beside the adapters.
-        init_lora_weights: True (Kaiming A, zero B), False (both random, for tests), or the name of an initialiser.
+        init_lora_weights: True (Kaiming A, zero B), False (both random, for tests), or the name of an
+            initialiser.
         layers_to_transform: index or indices of the layers to adapt.
         layers_pattern: name of the list that holds the layers, for ``layers_to_transform``.
         rank_pattern: layer name pattern -> r, where it differs.
@@ -143,7 +144,7 @@ class LoraConfig(PeftConfig):
                 faults.append(f"{field}: {expression!r} is not a regular expression ({error})")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in INITIALISERS:
             faults.append(
-                f"init_lora_weights={self.init_lora_weights!r}: use True, False or one of {', '.join(INITIALISERS)}"
+                f"init_lora_weights={self.init_lora_weights!r}: use True, False or {', '.join(INITIALISERS)}"
                 f"{did_you_mean(self.init_lora_weights, INITIALISERS)}"
             )
         if self.fan_in_fan_out:
@@ -200,11 +201,12 @@ class Lora(Adapter):
         r, alpha = config.rank_for(layer_name), config.alpha_for(layer_name)
         if config.lora_bias and host.bias is None:
             raise ConfigError(
-                f"lora_bias=True, but {layer_name!r} has no bias to merge into; leave lora_bias out or target other layers"
+                f"lora_bias=True, but {layer_name!r} has no bias to merge into; "
+                "leave lora_bias out or target other layers"
             )
         out_features, in_features = host.store.shape
-        # drawn in float32 on the CPU, so that a seed means the same everywhere; on the meta device when the caller has
-        # set it, because a file is to fill the tensors
+        # drawn in float32 on the CPU, so that a seed means the same everywhere; on the meta device when the
+        # caller has set it, because a file is to fill the tensors
         device, dtype = host.store.device, host.store.dtype
         if torch.get_default_device().type == "meta":
             device = torch.device("meta")
@@ -223,7 +225,8 @@ class Lora(Adapter):
         host.slot("lora_bias", dict)[name] = config.lora_bias
         initialiser(config.init_lora_weights)(lora_A, lora_B)
         for layer in (lora_A, lora_B):
-            # PEFT's draw passes through the base's dtype before it becomes a float32 master: same seed, same adapter
+            # PEFT's draw passes through the base's dtype before it becomes a float32 master: same seed, same
+            # adapter
             layer.to(dtype).to(device, torch.promote_types(dtype, torch.float32))
         return cls(host, name)
 

@@ -1,4 +1,5 @@
-"""``modules_to_save``: a module trained and saved whole, one copy for each adapter name, beside the untouched original."""
+"""``modules_to_save``: a module trained and saved whole, one copy for each adapter name, beside the untouched
+original."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ __all__ = ["ModulesToSaveWrapper"]
 class ModulesToSaveWrapper(nn.Module):
     """Runs the active adapter's copy of a module, or the original when none is active.
 
-    Copies of a half-precision module are kept in float32, as adapters are: masters that small updates do not vanish
-    from, and one dtype among the trainable parameters. They are cast to the original's dtype at each use.
+    Copies of a half-precision module are kept in float32, as adapters are: masters that small updates do not
+    vanish from, and one dtype among the trainable parameters. They are cast to the original's dtype at each
+    use.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -72,7 +74,7 @@ class ModulesToSaveWrapper(nn.Module):
         mine = [name for name in names if name in self.modules_to_save]
         if len(mine) > 1:
             raise AdapterError(
-                f"adapters {mine} each replace the same module whole (modules_to_save), so only one can be active"
+                f"adapters {mine} each replace one module whole (modules_to_save), so only one can be active"
             )
         self._active = mine[0] if mine else None
         for name, module in self.modules_to_save.items():

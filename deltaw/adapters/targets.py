@@ -1,6 +1,7 @@
 """Which layers a config means: ``target_modules`` and its companions, resolved against a model.
 
-Everything that matches nothing is collected and reported in one error, with the nearest names. Knows nothing of methods.
+Everything that matches nothing is collected and reported in one error, with the nearest names. Knows nothing
+of methods.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ log = logging.getLogger("deltaw")
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
-#: task_type -> heads that start random in a fresh model, so that they must train along with the adapter (as in PEFT)
+#: task_type -> heads that start random in a fresh model, so that they must train along with the adapter (as
+#: in PEFT)
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -34,18 +36,17 @@ MOST_FAULTS = 20  # lines of an error; a wrong expression can match hundreds of 
 
 #: model_type -> the layers adapted when target_modules is not given (PEFT's choices)
 CUSTOMARY_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        [
-            "bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2",
-            "gemma3_text", "qwen2", "qwen3",
-        ],
-        ["q_proj", "v_proj"],
-    ),
-    **dict.fromkeys(["bloom", "gpt_neox", "falcon"], ["query_key_value"]),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra"], ["query", "value"]),
-    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-}  # fmt: skip
+    model_type: targets
+    for model_types, targets in (
+        ("bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm", ["q_proj", "v_proj"]),
+        ("gemma gemma2 gemma3_text qwen2 qwen3", ["q_proj", "v_proj"]),
+        ("bloom gpt_neox falcon", ["query_key_value"]),
+        ("bert roberta xlm-roberta electra", ["query", "value"]),
+        ("t5 mt5", ["q", "v"]),
+        ("phi", ["q_proj", "v_proj", "fc1", "fc2"]),
+    )
+    for model_type in model_types.split()
+}
 
 
 @dataclasses.dataclass
@@ -62,10 +63,12 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     """Finds the modules that ``config`` names, and writes the resolved ``target_modules`` back into it.
 
     Args:
-        strict: an entry or pattern that matches nothing is an error; otherwise a note (PEFT writes such configs).
+        strict: an entry or pattern that matches nothing is an error; otherwise a note (PEFT writes such
+            configs).
 
     Raises:
-        TargetError: nothing matches, a match cannot carry an adapter, or (strict) something is left unmatched.
+        TargetError: nothing matches, a match cannot carry an adapter, or (strict) something is left
+            unmatched.
     """
     kind = type(model).__name__
     candidates = _candidates(model)
@@ -99,7 +102,8 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     for name, module in saved.items():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
             faults.append(
-                f"modules_to_save matches {name!r}, a {type(module).__name__}, which is never called; name its items"
+                f"modules_to_save matches {name!r}, a {type(module).__name__}, which is never called; "
+                "name its items"
             )
         if any(isinstance(inner, HostLayer) for inner in module.modules()):
             faults.append(
@@ -131,7 +135,8 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
             else "".join(did_you_mean(entry, everything) for entry in sorted(spec))
         )
         faults.append(
-            f"target_modules {shown!r}{_narrowing(config)} match no layer of {kind}{guesses or _listing(everything)}"
+            f"target_modules {shown!r}{_narrowing(config)} match no layer of {kind}"
+            f"{guesses or _listing(everything)}"
         )
     else:
         notes += _unmatched_companions(config, candidates, adapted, saved, kind)
@@ -168,14 +173,15 @@ def _customary(model: nn.Module, kind: str) -> set[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in CUSTOMARY_TARGETS:
         raise TargetError(
-            f"target_modules is not set, and there is no customary choice for {kind} (model_type {model_type!r}); "
-            "set it to a list of layer names or to 'all-linear'"
+            f"target_modules is not set, and there is no customary choice for {kind} "
+            f"(model_type {model_type!r}); set it to a list of layer names or to 'all-linear'"
         )
     return set(CUSTOMARY_TARGETS[model_type])
 
 
 def _train_heads(config: Any, candidates: dict[str, nn.Module]) -> None:
-    """Adds the task's head to ``modules_to_save``: frozen at random values it would make training pointless."""
+    """Adds the task's head to ``modules_to_save``: frozen at random values it would make training
+    pointless."""
     present = {split_name(name)[1] for name in candidates}
     listed = config.modules_to_save or []
     heads = [h for h in TASK_HEADS.get(str(config.task_type), ()) if h in present and h not in listed]
@@ -184,7 +190,8 @@ def _train_heads(config: Any, candidates: dict[str, nn.Module]) -> None:
 
 
 def _saved(candidates: dict[str, nn.Module], entries: list[str]) -> dict[str, nn.Module]:
-    """Modules to train whole: the outermost ones whose name ends in an entry, also in the middle of a word, as in PEFT."""
+    """Modules to train whole: the outermost ones whose name ends in an entry, also in the middle of a word,
+    as in PEFT."""
     found = {name: m for name, m in candidates.items() if any(name.endswith(entry) for entry in entries)}
     stray = {split_name(name)[1] for name in found if not matches(name, entries)}
     if stray:
@@ -193,7 +200,8 @@ def _saved(candidates: dict[str, nn.Module], entries: list[str]) -> dict[str, nn
 
 
 def _all_linear(model: nn.Module, candidates: dict[str, nn.Module], config: Any) -> dict[str, nn.Module]:
-    """Every linear layer but the output head (of language models) or the classifier (of classification models)."""
+    """Every linear layer but the output head (of language models) or the classifier (of classification
+    models)."""
     heads: list[nn.Module] = []
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()  # type: ignore[operator]
@@ -201,6 +209,9 @@ def _all_linear(model: nn.Module, candidates: dict[str, nn.Module], config: Any)
             heads.append(head)
         elif config.task_type == "SEQ_CLS":
             heads += [getattr(model, name) for name in CLASSIFIER_HEADS if hasattr(model, name)][:1]
+    fused = sorted({name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name})
+    if fused:
+        log.warning("all-linear leaves out %d fused expert weights (%s, ...)", len(fused), fused[0])
     return {
         name: module
         for name, module in candidates.items()

@@ -62,6 +62,10 @@ class SFTConfig(TrainingArguments):
             faults.append(f"max_length={self.max_length}: an example needs at least two tokens")
         if faults:
             raise ConfigError("SFTConfig:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
+            # transformers 5.2x renamed it and warns at the old name, which most users still write
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers refuses bf16 on a machine that has nothing but a CPU
         super().__post_init__()

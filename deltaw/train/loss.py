@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from deltaw.errors import ModelError
 from deltaw.model import PeftModel
+from deltaw.modules import is_checkpointing
 from deltaw.ops import IGNORE, supervised_cross_entropy, supervised_cross_entropy_through
 from deltaw.train.fast import fast_blocks
 from deltaw.weights import has_store, store_of
@@ -65,8 +66,7 @@ def causal_lm_loss(
     head = require_fast_loss(model)
     if isinstance(model, PeftModel) and kwargs.pop("adapter_names", None) is not None:
         raise ModelError("causal_lm_loss: batches that mix adapters are not supported yet")
-    checkpointing = getattr(base, "is_gradient_checkpointing", False) and base.training
-    if checkpointing or torch.compiler.is_compiling():
+    if (is_checkpointing(base) and base.training) or torch.compiler.is_compiling():
         # forward runs again during backward, outside of this call: it must run the same way there
         return _loss(base, head, input_ids, labels, attention_mask, num_items_in_batch, kwargs)
     with fast_blocks(base):

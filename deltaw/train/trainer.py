@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from deltaw import checkpoint
 from deltaw.adapters import PeftConfig
@@ -73,6 +73,7 @@ class SFTTrainer(Trainer):
             model = load_model(model, **(args.model_init_kwargs or {}))
             log.info("loaded %s in %s, the dtype of its checkpoint", name, dtype_of(model))
         if peft_config is not None:
+            set_seed(args.seed)  # before A is drawn, so that one seed is one run
             model = get_peft_model(model, peft_config)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
@@ -202,7 +203,6 @@ class SFTTrainer(Trainer):
         whole.save_pretrained(folder)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self.model if model is None else model

@@ -6,8 +6,10 @@ import json
 import logging
 import pickle
 
+import hypothesis.strategies as st
 import peft
 import pytest
+from hypothesis import given, settings
 
 from deltaw import LoraConfig, PeftConfig, TaskType
 from deltaw.errors import CheckpointError, ConfigError
@@ -80,7 +82,9 @@ def test_impossible_values_are_refused_with_a_cure(fields, words):
 def test_all_faults_are_in_one_error():
     with pytest.raises(ConfigError) as error:
         LoraConfig(r=0, lora_dropout=2.0, bias="x", use_dora=True)
-    assert all(f"  - {name}" in str(error.value) for name in ("r=0", "lora_dropout=2.0", "bias='x'", "use_dora=True"))
+    assert all(
+        f"  - {name}" in str(error.value) for name in ("r=0", "lora_dropout=2.0", "bias='x'", "use_dora=True")
+    )
 
 
 @pytest.mark.parametrize("given", [["v", "q"], ("v", "q"), {"q", "v"}])
@@ -99,7 +103,11 @@ def test_rank_and_alpha_for_a_layer():
 
 def test_file_round_trip_and_peft_s_keys(tmp_path):
     config = LoraConfig(
-        r=4, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM", rank_pattern={"q_proj": 2}, use_rslora=True
+        r=4,
+        target_modules=["v_proj", "q_proj"],
+        task_type="CAUSAL_LM",
+        rank_pattern={"q_proj": 2},
+        use_rslora=True,
     )
     config.save_pretrained(tmp_path / "ours")
     text = (tmp_path / "ours" / "adapter_config.json").read_text()  # indent 2, sorted, as PEFT writes it
@@ -132,6 +140,26 @@ def test_an_unknown_field_is_refused_with_a_value_and_reported_without(tmp_path,
     assert "did you mean 'lora_alpha'" in text
     assert "r=0" in text
     assert str(path) in text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(LoraConfig().to_dict())), JSON, min_size=1, max_size=3))
+def test_any_value_of_any_field_is_taken_or_refused_by_name(values):
+    """A fuzzed file gives a config or one clear error, never another exception."""
+    try:
+        config = LoraConfig.from_dict(values)
+    except ConfigError as error:
+        assert any(key in str(error) for key in values)  # noqa: PT017
+    else:
+        json.dumps(config.to_dict())
+        assert copy.deepcopy(config) == config or "nan" in str(config).lower()
 
 
 @pytest.mark.parametrize(

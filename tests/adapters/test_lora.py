@@ -53,10 +53,14 @@ def test_the_update_is_the_formula_and_merging_is_the_forward(shape, r, alpha, r
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "lora_dropout": 0.1}, {"lora_bias": True, "bias": "all"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True, "lora_dropout": 0.1}, {"lora_bias": True, "bias": "all"}]
+)
 def test_the_start_is_the_base_bitwise(make_llama, ids, dtype, fields):
     base = logits(make_llama(dtype, bias=True), ids)
-    model = deltaw.get_peft_model(make_llama(dtype, bias=True), LoraConfig(target_modules=ATTENTION, **fields))
+    model = deltaw.get_peft_model(
+        make_llama(dtype, bias=True), LoraConfig(target_modules=ATTENTION, **fields)
+    )
     assert torch.equal(logits(model, ids), base)
     assert torch.equal(logits(model.train(), ids), base)  # B is zero whatever the dropout draws
 
@@ -81,7 +85,11 @@ def test_one_seed_gives_peft_s_adapter(make_llama, dtype, init, cast):
 FIELDS = [
     {"target_modules": ["q_proj", "v_proj"]},
     {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 3},
-    {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}, "alpha_pattern": {"k_proj": 5}},
+    {
+        "target_modules": ATTENTION,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3},
+        "alpha_pattern": {"k_proj": 5},
+    },
     {"target_modules": ATTENTION, "lora_bias": True, "bias": "lora_only"},
     {"target_modules": ATTENTION, "bias": "all", "modules_to_save": ["lm_head"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
@@ -103,7 +111,8 @@ def test_forward_and_gradients_are_peft_s(make_llama, ids, fields):
 
 @pytest.mark.parametrize("cast", [True, False])
 def test_bf16_is_as_near_to_float32_as_peft_is(make_llama, ids, cast):
-    """Another rounding of the same numbers: within 2% of each other, and no farther from float32 than PEFT (x 1.25)."""
+    """Another rounding of the same numbers: within 2% of each other, and no farther from float32 than PEFT (x
+    1.25)."""
     import peft
 
     def error(model):
@@ -113,9 +122,13 @@ def test_bf16_is_as_near_to_float32_as_peft_is(make_llama, ids, cast):
     torch.manual_seed(0)
     reference = deltaw.get_peft_model(make_llama(torch.bfloat16).float(), LoraConfig(**fields))
     torch.manual_seed(0)
-    ours = deltaw.get_peft_model(make_llama(torch.bfloat16), LoraConfig(**fields), autocast_adapter_dtype=cast)
+    ours = deltaw.get_peft_model(
+        make_llama(torch.bfloat16), LoraConfig(**fields), autocast_adapter_dtype=cast
+    )
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(make_llama(torch.bfloat16), peft.LoraConfig(**fields), autocast_adapter_dtype=cast)
+    theirs = peft.get_peft_model(
+        make_llama(torch.bfloat16), peft.LoraConfig(**fields), autocast_adapter_dtype=cast
+    )
     for (_, a), (_, b) in zip(reference.named_parameters(), ours.named_parameters(), strict=True):
         a.data = b.data.float().clone()
     exact = logits(stir(reference), ids)
@@ -138,7 +151,8 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_only():
 
 
 def test_dropout_gradients_use_the_mask_of_the_forward():
-    """Where an input was dropped the gradient is zero too, so the directional derivative is exact for that mask."""
+    """Where an input was dropped the gradient is zero too, so the directional derivative is exact for that
+    mask."""
     torch.manual_seed(0)
     host = lora(8, 8, torch.float64, lora_dropout=0.5, init_lora_weights=False, r=2).train()
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -146,7 +160,9 @@ def test_dropout_gradients_use_the_mask_of_the_forward():
     (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
     (grad_A,) = torch.autograd.grad(out.sum(), host.lora_A["a"].weight)
     base = host.weight.sum(0)  # d base / dx, the same for each row
-    pull = (host.lora_B["a"].weight @ host.lora_A["a"].weight).sum(0) * host.scaling["a"] * 2  # kept ones, over 1 - p
+    pull = (
+        (host.lora_B["a"].weight @ host.lora_A["a"].weight).sum(0) * host.scaling["a"] * 2
+    )  # kept ones, over 1 - p
     kept = (grad - base).abs() > 1e-12
     assert 0 < kept.float().mean() < 1
     assert torch.allclose(grad - base, kept * pull)
@@ -174,7 +190,9 @@ def test_every_architecture_trains_and_starts_as_its_base(name, tmp_path):
 
 
 def test_autocast_runs_in_bf16(llama, ids):
-    model = stir(deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])))
+    model = stir(
+        deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
+    )
     exact = logits(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(input_ids=ids, labels=ids)
@@ -187,7 +205,9 @@ def test_autocast_runs_in_bf16(llama, ids):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_whole_model_changes_dtype(llama, ids, dtype):
-    model = stir(deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["norm"])))
+    model = stir(
+        deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["norm"]))
+    )
     exact = logits(model, ids)
     model.to(dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}

@@ -42,7 +42,7 @@ def test_the_active_copy_runs_and_the_original_stays():
 def test_two_whole_modules_cannot_be_added_up(llama):
     model = deltaw.get_peft_model(llama, LoraConfig(**CONFIG))
     model.add_adapter("b", LoraConfig(**CONFIG))
-    with pytest.raises(AdapterError, match=r"\['default', 'b'\] each replace the same module whole"):
+    with pytest.raises(AdapterError, match=r"\['default', 'b'\] each replace one module whole"):
         model.set_adapter(["default", "b"])
     assert model.active_adapters == ["default"]
 
@@ -66,7 +66,8 @@ def test_float32_masters_over_a_half_precision_base(make_llama, ids, tmp_path, d
     back = PeftModel.from_pretrained(make_llama(dtype), tmp_path, is_trainable=True)
     assert torch.equal(logits(back, ids), out)
     assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
     )
     with back.disable_adapter():
         assert torch.equal(logits(back, ids), base)
@@ -77,7 +78,9 @@ def test_float32_masters_over_a_half_precision_base(make_llama, ids, tmp_path, d
 
 
 def test_autocast_adapter_dtype_false_keeps_the_base_s_dtype(make_llama, ids):
-    model = deltaw.get_peft_model(make_llama(torch.bfloat16), LoraConfig(**CONFIG), autocast_adapter_dtype=False)
+    model = deltaw.get_peft_model(
+        make_llama(torch.bfloat16), LoraConfig(**CONFIG), autocast_adapter_dtype=False
+    )
     model.add_adapter("b", LoraConfig(**CONFIG), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     gradients(stir(model), ids)
@@ -102,4 +105,7 @@ def test_copies_share_nothing(llama):
         for (n, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True)
         if "modules_to_save" in n
     )
-    assert model.get_input_embeddings().weight.shape == (128, 32)  # asked of the wrapper, answered by the copy
+    assert model.get_input_embeddings().weight.shape == (
+        128,
+        32,
+    )  # asked of the wrapper, answered by the copy

@@ -45,7 +45,9 @@ def chosen(model, **fields):
 def test_the_same_layers_as_peft(make_llama, fields):
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(**fields))
     strict = "mlp.up_proj" not in str(fields)
-    ours = {f"base_model.model.{n}" for n in resolve(make_llama(), LoraConfig(**fields), strict=strict).adapted}
+    ours = {
+        f"base_model.model.{n}" for n in resolve(make_llama(), LoraConfig(**fields), strict=strict).adapted
+    }
     assert ours == adapted(theirs)
 
 
@@ -82,11 +84,20 @@ def test_the_choice_is_written_back_as_the_shortest_names(llama):
         ({"target_modules": []}, r"target_modules \[\] match no layer"),
         ({"target_modules": LAYERS, "exclude_modules": LAYERS}, "with exclude_modules="),
         ({"target_modules": LAYERS, "exclude_modules": ["x_proj"]}, r"exclude_modules .* matches no module"),
-        ({"target_modules": LAYERS, "layers_to_transform": [1, 9]}, r"layers_to_transform 9 .*layers are 0 to 1"),
+        (
+            {"target_modules": LAYERS, "layers_to_transform": [1, 9]},
+            r"layers_to_transform 9 .*layers are 0 to 1",
+        ),
         ({"target_modules": LAYERS, "layers_to_transform": [9]}, r"\(with layers_to_transform=\[9\]\)"),
         ({"target_modules": LAYERS, "rank_pattern": {"q_prj": 2}}, "rank_pattern key 'q_prj'.*mean 'q_proj'"),
-        ({"target_modules": LAYERS, "alpha_pattern": {"up_proj": 2}}, "alpha_pattern key 'up_proj' matches no"),
-        ({"target_modules": LAYERS, "modules_to_save": ["lm_hed"]}, "modules_to_save entry 'lm_hed'.*'lm_head'"),
+        (
+            {"target_modules": LAYERS, "alpha_pattern": {"up_proj": 2}},
+            "alpha_pattern key 'up_proj' matches no",
+        ),
+        (
+            {"target_modules": LAYERS, "modules_to_save": ["lm_hed"]},
+            "modules_to_save entry 'lm_hed'.*'lm_head'",
+        ),
         ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens', a Embedding, which cannot carry"),
         ({"target_modules": ["self_attn"]}, "self_attn', a LlamaAttention, which cannot carry"),
     ],
@@ -125,7 +136,9 @@ def test_an_architecture_without_customary_targets_must_be_told():
 def test_multihead_attention_is_refused():
     """It reads its projection's weight and never calls it: an adapter there would silently do nothing."""
     net = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(TargetError, match="'self_attn.out_proj' inside nn.MultiheadAttention.*exclude_modules"):
+    with pytest.raises(
+        TargetError, match=r"'self_attn.out_proj' inside nn.MultiheadAttention.*exclude_modules"
+    ):
         resolve(net, LoraConfig(target_modules="all-linear"))
     assert chosen(net, target_modules="all-linear", exclude_modules=["out_proj"]) == {"linear1", "linear2"}
 
@@ -160,8 +173,21 @@ def test_a_module_inside_a_saved_one_is_saved_once(llama):
     assert set(found.saved) == {"model.layers.0.mlp", "model.layers.1.mlp"}
 
 
+def test_fused_experts_that_all_linear_leaves_out_are_said(caplog):
+    class Moe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4, 2)
+            self.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(2, 4, 4))})
+
+    assert chosen(Moe(), target_modules="all-linear") == {"gate"}
+    assert "leaves out 1 fused expert weights (experts.up" in caplog.text
+
+
 def test_a_list_of_modules_cannot_be_saved_whole(llama):
-    with pytest.raises(TargetError, match="'model.layers', a ModuleList, which is never called; name its items"):
+    with pytest.raises(
+        TargetError, match=r"'model.layers', a ModuleList, which is never called; name its items"
+    ):
         resolve(llama, LoraConfig(target_modules=["q_proj"], modules_to_save=["layers"]))
 
 
