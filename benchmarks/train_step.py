@@ -173,12 +173,35 @@ def times(args: argparse.Namespace) -> None:
         ]
         for name in names
     ]
-    rows.append(["limit", f"{floor:.3f}", f"{middle['PEFT'] / floor:.2f}", f"{floor / middle['frozen']:.2f}", "100%", "", ""])
+    rows.append(
+        [
+            "limit",
+            f"{floor:.3f}",
+            f"{middle['PEFT'] / floor:.2f}",
+            f"{floor / middle['frozen']:.2f}",
+            "100%",
+            "",
+            "",
+        ]
+    )
     print(
         f"\nSmolLM2-135M, {args.dtype}, rank {args.rank}, batch {args.batch} x {args.length}, "
         f"{args.supervised:.0%} supervised; {args.rounds} rounds\n{machine()}\n"
     )
-    print(table(["step", "seconds (min to max)", "PEFT / it", "it / frozen", "of the limit", "loss", "gradient norm"], rows))
+    print(
+        table(
+            [
+                "step",
+                "seconds (min to max)",
+                "PEFT / it",
+                "it / frozen",
+                "of the limit",
+                "loss",
+                "gradient norm",
+            ],
+            rows,
+        )
+    )
 
 
 def memory_of(args: argparse.Namespace) -> None:

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from deltaw.ops.order import first_order
+
 __all__ = ["ATTENTION", "causal_attention"]
 
 #: the name under which transformers finds this attention
@@ -68,7 +70,7 @@ class _CausalAttention(torch.autograd.Function):
         return _attend(*stacked, q.shape[2])[0].view(*q.shape[:3], v.shape[-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         q_shape, k_shape, v_shape = ctx.shapes
@@ -111,7 +113,15 @@ def _forward(
     )
     if not plain:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = causal_attention(query, key, value, scale)

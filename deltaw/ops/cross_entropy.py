@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.ops.order import first_order
 from deltaw.weights import WeightStore
 
 __all__ = ["IGNORE", "supervised_cross_entropy", "supervised_cross_entropy_through"]
@@ -144,7 +145,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_rows,) = ctx.saved_tensors
         scaled = None if grad_rows is None else grad_rows * grad.to(grad_rows.dtype)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.ops.order import first_order
+
 __all__ = ["rms_norm"]
 
 
@@ -26,16 +28,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.float32)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, rstd)
         return weight * (wide * rstd).to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        unit = x * rstd  # float32: x / rms
-        d_unit = (grad * weight).to(torch.float32)
+        unit = x * rstd  # x / rms, in float32
+        d_unit = (grad * weight).to(unit.dtype)
         along = torch.linalg.vecdot(d_unit, unit).unsqueeze(-1).div_(-x.shape[-1])
         return d_unit.addcmul_(unit, along).mul_(rstd).to(x.dtype), None, None

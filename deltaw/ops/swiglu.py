@@ -1,4 +1,4 @@
-"""SwiGLU's product silu(gate) * up (Shazeer 2020, arXiv 2002.05202), keeping gate and up and nothing else for backward."""
+"""SwiGLU: silu(gate) * up (Shazeer 2020, arXiv 2002.05202), keeping gate and up and nothing else for backward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.ops.order import first_order
 from deltaw.ops.recipe import remember
 
 __all__ = ["swiglu"]
@@ -34,7 +35,7 @@ class _Swiglu(torch.autograd.Function):
         return _product(gate, up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_up = F.silu(gate).mul_(grad)

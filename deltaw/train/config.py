@@ -36,7 +36,7 @@ class SFTConfig(TrainingArguments):
 
     learning_rate: float = 2e-4
     logging_steps: float = 10
-    report_to: None | str | list[str] = "none"
+    report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     include_num_input_tokens_seen: str | bool = "non_padding"
 

@@ -161,7 +161,9 @@ def _prove(base: PreTrainedModel, output: Any, head: _Head) -> None:
         ours = output(chosen["hidden"]).float() * head.scale
         ours = ours if head.softcap is None else torch.tanh(ours / head.softcap) * head.softcap
     except Exception as error:
-        raise ModelError(f"{kind}: cannot tell how it makes its logits ({error}); use the model's own forward") from error
+        raise ModelError(
+            f"{kind}: cannot tell how it makes its logits ({error}); use the model's own forward"
+        ) from error
     finally:
         hook.remove()
         base.train(training)

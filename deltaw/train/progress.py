@@ -31,9 +31,7 @@ class ProgressCallback(TrainerCallback):
         live: True draws a bar, False writes lines; unset: a bar where ``stream`` is a terminal.
     """
 
-    def __init__(
-        self, stream: TextIO | None = None, *, quiet: bool = False, live: bool | None = None
-    ) -> None:
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False, live: bool | None = None) -> None:
         self.stream = stream if stream is not None else sys.stderr
         self.quiet = quiet
         self.live = live
@@ -60,9 +58,7 @@ class ProgressCallback(TrainerCallback):
         if self._bar is None:
             self._line(f"training: {state.max_steps} steps, from step {state.global_step}")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, facts=self._facts())
 

@@ -226,5 +226,3 @@ class SFTTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids"]
-
-

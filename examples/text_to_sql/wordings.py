@@ -172,11 +172,11 @@ TRAIN = Wordings(
     },
     aggs={
         "avg": ("average", "mean"),
-        "sum": ("total", "summed", "added up"),
-        "min": ("minimum", "lowest", "least"),
-        "max": ("maximum", "highest", "biggest"),
+        "sum": ("total", "summed", "combined"),
+        "min": ("minimum", "lowest", "smallest", "least"),
+        "max": ("maximum", "highest", "largest", "biggest"),
     },
-    tops={"desc": ("highest", "largest", "biggest", "most"), "asc": ("lowest", "smallest", "least", "fewest")},
+    tops={"desc": ("highest", "largest", "biggest", "greatest"), "asc": ("lowest", "smallest", "least")},
 )
 
 HELD_OUT = Wordings(

@@ -1,0 +1,6 @@
+"""Floor 4: numbers drawn. Charts as SVG and whole reports as one HTML file; knows nothing of models."""
+
+from deltaw.report.charts import Bars, grouped_bars, loss_curve, smooth
+from deltaw.report.page import Page, render_page, save_page
+
+__all__ = ["Bars", "Page", "grouped_bars", "loss_curve", "render_page", "save_page", "smooth"]
