@@ -3,8 +3,8 @@
     python benchmarks/sft_job.py [--steps 12] [--rounds 2]
 
 Each contestant runs the job in a process of its own, in turns: text-to-SQL rows, SmolLM2-135M in bfloat16 on the CPU,
-rank 16 on all linear layers, 16 examples a step, no activation checkpointing, rows in one fixed order. Reported are the
-seconds of a step (the first is left out), tokens a second, and the peak of anonymous memory above the loaded model, with
+rank 16 on all linear layers, 16 examples a step, no activation checkpointing, rows in one fixed order. Reported are
+the seconds of a step (the first is left out), tokens a second, the peak of anonymous memory above the loaded model, and
 the losses step by step. "deltaw, float32" shows where the losses would go without rounding; it is not timed.
 """
 
@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
 from common import PeakMemory, machine, own_process, spread, table
-from text_to_sql.build import build
 from transformers import TrainerCallback
 
 from deltaw.loading import load_model, load_tokenizer, resolve_model
+from text_to_sql.build import build
 
 CONTESTANTS = ["TRL + PEFT", "deltaw", "deltaw, float32"]
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

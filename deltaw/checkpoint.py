@@ -145,15 +145,11 @@ def read_tensors(
         with safe_open(path, framework="pt", device=device) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({error}); save or fetch it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); save or fetch it again") from error
 
 
 @torch.no_grad()
-def load_tensors(
-    model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], where: str
-) -> None:
+def load_tensors(model: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], where: str) -> None:
     """Copies ``tensors`` into adapter ``name`` of ``model``; checks all of them first, so a refusal changes
     nothing.
 
@@ -172,9 +168,7 @@ def load_tensors(
         if key not in places:
             faults.append(f"no place for: {key}{did_you_mean(key, missing or places, n=1)}")
         elif tensor.shape != places[key].shape:
-            faults.append(
-                f"shape of {key}: {tuple(tensor.shape)} in the file, {tuple(places[key].shape)} in the model"
-            )
+            faults.append(f"shape of {key}: {tuple(tensor.shape)} in the file, {tuple(places[key].shape)} in the model")
         elif tensor.is_floating_point() != places[key].is_floating_point():
             faults.append(f"dtype of {key}: {tensor.dtype} in the file, {places[key].dtype} in the model")
         elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -182,14 +176,10 @@ def load_tensors(
     if faults:
         shown = "\n".join(f"  - {fault}" for fault in faults[:40])
         more = f"\n  ... and {len(faults) - 40} more" if len(faults) > 40 else ""
-        raise CheckpointError(
-            f"{where} does not fit {type(model).__name__} ({len(faults)} faults):\n{shown}{more}"
-        )
+        raise CheckpointError(f"{where} does not fit {type(model).__name__} ({len(faults)} faults):\n{shown}{more}")
     for key, place in places.items():
         if key in embeddings and not torch.equal(place, tensors[key].to(place)):
-            log.warning(
-                "%s brings its own %s, which takes the place of the base's", where, key.removeprefix(PREFIX)
-            )
+            log.warning("%s brings its own %s, which takes the place of the base's", where, key.removeprefix(PREFIX))
         if place.is_meta:
             _materialise(model, key.removeprefix(PREFIX), name, place, tensors[key])
         else:

@@ -92,19 +92,13 @@ class RunConfig(BaseModel):
         title="deltaw run",
     )
 
-    model_name_or_path: str = _model(
-        ..., "Base model: a folder, a hub id, or a built-in name (smollm2-135m)."
-    )
+    model_name_or_path: str = _model(..., "Base model: a folder, a hub id, or a built-in name (smollm2-135m).")
     dtype: Dtype = _model("auto", "Type of the base's weights; auto keeps the checkpoint's.")
-    attn_implementation: str | None = _model(
-        None, "Attention: eager, sdpa, ...; unset: the best that is there."
-    )
+    attn_implementation: str | None = _model(None, "Attention: eager, sdpa, ...; unset: the best that is there.")
     trust_remote_code: bool = _model(False, "Run Python code that comes with the model.")
     load_in_4bit: bool = _model(False, "Keep the base's weights in 4 bits (QLoRA).")
 
-    dataset_name: str = _data(
-        ..., "Training rows: a file (jsonl, json, csv, parquet), a folder, or a hub id."
-    )
+    dataset_name: str = _data(..., "Training rows: a file (jsonl, json, csv, parquet), a folder, or a hub id.")
     dataset_train_split: str = _data("train", "Split of the dataset to train on.")
     dataset_test_split: str | None = _data(None, "Split of the dataset to evaluate on.")
     eval_dataset_name: str | None = _data(None, "Evaluation rows from a dataset of their own.")
@@ -136,22 +130,16 @@ class RunConfig(BaseModel):
     use_dora: bool = _adapter(False, "Weight-decomposed adapters (DoRA).")
     bias: Literal["none", "all", "lora_only"] = _adapter("none", "Biases to train along.")
     modules_to_save: Names | None = _adapter(None, "Layers to train in full and to save with the adapter.")
-    init_lora_weights: bool | Literal["gaussian"] = _adapter(
-        True, "How A begins: Kaiming uniform or gaussian."
-    )
+    init_lora_weights: bool | Literal["gaussian"] = _adapter(True, "How A begins: Kaiming uniform or gaussian.")
     rank_pattern: Ranks = _adapter({}, "Ranks that differ: {layer or expression: r}.")
     alpha_pattern: Ranks = _adapter({}, "lora_alpha that differ: {layer or expression: alpha}.")
     layers_to_transform: Layers | None = _adapter(None, "Numbers of the decoder layers to adapt.")
 
     per_device_train_batch_size: Int = _training(8, "Examples a device and micro-step.", gt=0)
-    gradient_accumulation_steps: Int = _training(
-        1, "Micro-steps an optimizer step; averaged per token.", gt=0
-    )
+    gradient_accumulation_steps: Int = _training(1, "Micro-steps an optimizer step; averaged per token.", gt=0)
     num_train_epochs: float = _training(3.0, "Passes over the data.", gt=0)
     max_steps: Int = _training(-1, "Optimizer steps; when positive, in place of num_train_epochs.", ge=-1)
-    learning_rate: float = _training(
-        2e-4, "Peak learning rate; about ten times that of full fine-tuning.", gt=0
-    )
+    learning_rate: float = _training(2e-4, "Peak learning rate; about ten times that of full fine-tuning.", gt=0)
     lr_scheduler_type: str = _training("linear", "Schedule: linear, cosine, constant_with_warmup, ...")
     warmup_steps: float = _training(0.03, "Steps of warm-up; below 1, a share of all steps.", ge=0)
     optim: str = _training("adamw_torch", "Optimizer, by TrainingArguments' name.")
@@ -160,23 +148,17 @@ class RunConfig(BaseModel):
     adam_beta2: float = _training(0.999, "AdamW's second decay.", ge=0, lt=1)
     adam_epsilon: float = _training(1e-8, "AdamW's epsilon.", gt=0)
     max_grad_norm: float = _training(1.0, "Longest gradient before it is scaled down; 0 never scales.", ge=0)
-    neftune_noise_alpha: float | None = _training(
-        None, "Noise on the embeddings while training (NEFTune).", gt=0
-    )
+    neftune_noise_alpha: float | None = _training(None, "Noise on the embeddings while training (NEFTune).", gt=0)
     bf16: bool = _training(False, "Mixed precision in bfloat16 over a float32 base.")
     fp16: bool = _training(False, "Mixed precision in float16.")
-    gradient_checkpointing: bool = _training(
-        False, "Recompute activations in backward: less memory, more time."
-    )
+    gradient_checkpointing: bool = _training(False, "Recompute activations in backward: less memory, more time.")
     torch_compile: bool = _training(False, "Compile the decoder layers.")
     use_cpu: bool = _training(False, "Stay on the CPU even if there is a GPU.")
     dataloader_num_workers: Int = _training(0, "Processes that collate batches.", ge=0)
     seed: Int = _training(42, "Seed of the adapter's weights, the dropout and the order of the data.", ge=0)
     data_seed: Int | None = _training(None, "Another seed for the order of the data.", ge=0)
 
-    eval_strategy: Strategy = _evaluation(
-        "no", "When to evaluate while training; it is always done at the end."
-    )
+    eval_strategy: Strategy = _evaluation("no", "When to evaluate while training; it is always done at the end.")
     eval_steps: Int | None = _evaluation(None, "Steps between evaluations; unset: logging_steps.", gt=0)
     per_device_eval_batch_size: Int = _evaluation(8, "Examples a device when evaluating.", gt=0)
     load_best_model_at_end: bool = _evaluation(False, "Keep the best evaluated adapter, not the last.")
@@ -239,9 +221,7 @@ class RunConfig(BaseModel):
             keys = [key for key in type(self).model_fields if group_of(key) == group]
             # one key a line, lists and mappings in their short form
             lines = [
-                yaml.safe_dump(
-                    {key: value}, default_flow_style=_style(value), allow_unicode=True, width=10**6
-                )
+                yaml.safe_dump({key: value}, default_flow_style=_style(value), allow_unicode=True, width=10**6)
                 for key, value in ((key, values[key]) for key in keys)
             ]
             blocks.append(f"# {group}\n{''.join(lines)}")
@@ -267,9 +247,7 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
         return Fault(key, getattr(c, key), why, cure)
 
     if c.load_in_4bit:
-        yield fault(
-            "load_in_4bit", "4-bit bases are not supported yet", "leave it out, or use a smaller base"
-        )
+        yield fault("load_in_4bit", "4-bit bases are not supported yet", "leave it out, or use a smaller base")
     if c.packing:
         yield fault("packing", "packing is not supported yet", "leave it out")
     if c.use_dora:
@@ -277,9 +255,7 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
     if c.bf16 and c.fp16:
         yield fault("fp16", "bf16 is set too, and only one can be", "keep bf16 where the device has it")
     if c.max_steps == 0:
-        yield fault(
-            "max_steps", "a run of no steps learns nothing", "-1 for whole epochs, or a positive number"
-        )
+        yield fault("max_steps", "a run of no steps learns nothing", "-1 for whole epochs, or a positive number")
     if c.val_size and (c.eval_dataset_name or c.dataset_test_split):
         yield fault("val_size", "there are evaluation rows already", "leave it out")
     if not c.evaluates:
@@ -351,9 +327,7 @@ def load_run_config(path: str | Path | None, overrides: Mapping[str, Any] | None
     if file is not None:
         take(file.values, {key: f"{path}:{file.lines.get(key, 1)}" for key in file.values})
         for key, first, line in file.duplicates:
-            faults.append(
-                Fault(key, None, f"given on line {first} and again on line {line}", "keep one of them")
-            )
+            faults.append(Fault(key, None, f"given on line {first} and again on line {line}", "keep one of them"))
     said = {key.replace("-", "_"): value for key, value in (overrides or {}).items() if value is not None}
     take(said, dict.fromkeys(said, "command line"))
 
@@ -391,9 +365,7 @@ def _faults_of(error: Any, given: Mapping[str, Any]) -> Iterable[Fault]:
     field = RunConfig.model_fields.get(key)
     if field is None:
         near = did_you_mean(key, [*RunConfig.model_fields, *ALIASES])
-        yield Fault(
-            key, given.get(key), "unknown key" + near, "" if near else "deltaw train --help lists all keys"
-        )
+        yield Fault(key, given.get(key), "unknown key" + near, "" if near else "deltaw train --help lists all keys")
     elif error["type"] == "missing":
         yield Fault(key, None, f"missing: {field.description}", f"write {key}: ... or pass --{key}")
     else:

@@ -57,11 +57,7 @@ def _names(value: Any) -> Any:
 def _targets(value: Any) -> Any:
     """A list of names, or a regular expression, or ``all-linear``; plain names are never an expression."""
     value = _flow(value)
-    if (
-        isinstance(value, str)
-        and value != "all-linear"
-        and re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", value)
-    ):
+    if isinstance(value, str) and value != "all-linear" and re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*", value):
         return _names(value)
     return value
 

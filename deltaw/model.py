@@ -50,9 +50,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(model, PeftModel):
-            raise AdapterError(
-                "this model has adapters already; use model.add_adapter(name, config) or load_adapter()"
-            )
+            raise AdapterError("this model has adapters already; use model.add_adapter(name, config) or load_adapter()")
         if any(True for _ in host_layers(model)):
             raise AdapterError(
                 "this model has adapters injected already; unload them, or keep using inject_adapter_in_model"
@@ -89,9 +87,7 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
-            raise AdapterError(
-                "adapter_names: batches that mix adapters are not supported yet; use set_adapter()"
-            )
+            raise AdapterError("adapter_names: batches that mix adapters are not supported yet; use set_adapter()")
         kwargs.pop("adapter_names", None)
         return self.base_model.model(*args, **kwargs)
 
@@ -115,9 +111,7 @@ class PeftModel(nn.Module):
             AdapterError: every adapter was deleted.
         """
         if not self.active_adapters:
-            raise AdapterError(
-                "no adapter is active: all were deleted; add one with add_adapter() or load_adapter()"
-            )
+            raise AdapterError("no adapter is active: all were deleted; add one with add_adapter() or load_adapter()")
         return self.active_adapters[0]
 
     @property
@@ -126,9 +120,7 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        names = {
-            entry for c in self.peft_config.values() for entry in getattr(c, "modules_to_save", None) or []
-        }
+        names = {entry for c in self.peft_config.values() for entry in getattr(c, "modules_to_save", None) or []}
         return names or None
 
     # --- adapters -------------------------------------------------------------------------------------------
@@ -201,8 +193,7 @@ class PeftModel(nn.Module):
         """PEFT's line, to the character."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trainable / total:.4f}"
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
     # --- files ----------------------------------------------------------------------------------------------
@@ -231,9 +222,7 @@ class PeftModel(nn.Module):
         if root.is_file():
             raise CheckpointError(f"cannot save an adapter into {root}: it is a file, not a folder")
         if not safe_serialization:
-            raise CheckpointError(
-                "safe_serialization=False would write a pickle; deltaw writes safetensors only"
-            )
+            raise CheckpointError("safe_serialization=False would write a pickle; deltaw writes safetensors only")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self.base_model.require(name)
@@ -269,9 +258,7 @@ class PeftModel(nn.Module):
             CheckpointError, TargetError, ConfigError: the adapter does not fit.
         """
         if isinstance(model, PeftModel):
-            raise AdapterError(
-                "this model has adapters already; use model.load_adapter(folder, adapter_name=...)"
-            )
+            raise AdapterError("this model has adapters already; use model.load_adapter(folder, adapter_name=...)")
         config = config or PeftConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs)
         tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
         config.inference_mode = not is_trainable

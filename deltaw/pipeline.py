@@ -72,11 +72,7 @@ class Parity:
     scale: float
 
     def __str__(self) -> str:
-        same = (
-            "bit for bit the trained model"
-            if self.trained == 0
-            else f"the trained model to {self.trained:.1e}"
-        )
+        same = "bit for bit the trained model" if self.trained == 0 else f"the trained model to {self.trained:.1e}"
         return f"{same}; it moves the base's logits by up to {self.base:.2g}"
 
 
@@ -295,17 +291,13 @@ def _claim(config: RunConfig) -> Path:
     checkpoints = [p for p in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
     resume = config.resume_from_checkpoint
     if isinstance(resume, str) and not Path(resume).is_dir():
-        raise ConfigError(
-            f"resume_from_checkpoint = {resume!r}: no such folder; true takes the newest in output_dir"
-        )
+        raise ConfigError(f"resume_from_checkpoint = {resume!r}: no such folder; true takes the newest in output_dir")
     if resume is True and not checkpoints:
         raise ConfigError(f"resume_from_checkpoint: {folder} holds no checkpoint; leave it out to start anew")
     if resume or config.overwrite_output_dir:
         return folder
     if (folder / "adapter_config.json").exists() or checkpoints:
-        held = (
-            "an adapter" if (folder / "adapter_config.json").exists() else f"{len(checkpoints)} checkpoints"
-        )
+        held = "an adapter" if (folder / "adapter_config.json").exists() else f"{len(checkpoints)} checkpoints"
         raise ConfigError(
             f"output_dir = {config.output_dir!r} holds {held} of an earlier run: name another folder, go on "
             "with --resume_from_checkpoint true, or replace it with --overwrite_output_dir"
@@ -321,14 +313,10 @@ def _forget_checkpoints(folder: Path) -> None:
 
 
 def _read_rows(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    rows = load_rows(
-        config.dataset_name, config.dataset_train_split, limit=config.max_train_samples, seed=config.seed
-    )
+    rows = load_rows(config.dataset_name, config.dataset_train_split, limit=config.max_train_samples, seed=config.seed)
     held_out = None
     if config.val_size:
-        chosen = set(
-            random.Random(config.seed).sample(range(len(rows)), max(1, round(config.val_size * len(rows))))
-        )
+        chosen = set(random.Random(config.seed).sample(range(len(rows)), max(1, round(config.val_size * len(rows)))))
         held_out = [row for i, row in enumerate(rows) if i in chosen][: config.max_eval_samples]
         rows = [row for i, row in enumerate(rows) if i not in chosen]
     elif config.evaluates:

@@ -45,13 +45,9 @@ def read_run_file(path: str | Path) -> RunFile:
         if node is None:
             return RunFile({}, {}, [])
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                f"reading {path}: it holds no 'key: value' lines; write one key of the run a line"
-            )
+            raise ConfigError(f"reading {path}: it holds no 'key: value' lines; write one key of the run a line")
         duplicates = _duplicates(node)
-        lines = {
-            key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)
-        }
+        lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
         values = loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):

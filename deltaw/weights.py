@@ -134,9 +134,7 @@ def store_of(module: nn.Module) -> WeightStore:
     for kind, make in _STORES:
         if isinstance(module, kind):
             return make(module)
-    raise TypeError(
-        f"no weight store for {type(module).__name__}; register one with deltaw.weights.register_store"
-    )
+    raise TypeError(f"no weight store for {type(module).__name__}; register one with deltaw.weights.register_store")
 
 
 register_store(nn.Linear, DenseStore)

@@ -118,16 +118,12 @@ def test_imports_go_down(path):
         if not there:
             continue  # __version__
         down = FLOORS[there] < FLOORS[here]
-        assert there == here or down or (here, there) in NEIGHBOURS, (
-            f"{relative(path)} imports {name}: upward"
-        )
+        assert there == here or down or (here, there) in NEIGHBOURS, f"{relative(path)} imports {name}: upward"
 
 
 def test_no_cycle_when_modules_load():
     graph = {
-        module_of(path): {
-            n for n in imports(path, at_module_level=True) if n in MODULES and n != module_of(path)
-        }
+        module_of(path): {n for n in imports(path, at_module_level=True) if n in MODULES and n != module_of(path)}
         for path in FILES
     }
     done: set[str] = set()
@@ -149,28 +145,20 @@ def test_other_packages_stay_in_their_place(path):
     for name in {n.split(".")[0] for n in imports(path)}:
         assert name in known, f"{relative(path)} imports {name}, which is no dependency"
         if name in OPTIONAL:
-            allowed = any(
-                relative(path) == at or relative(path).startswith(f"{at}/") for at in OPTIONAL[name]
-            )
+            allowed = any(relative(path) == at or relative(path).startswith(f"{at}/") for at in OPTIONAL[name])
             assert allowed, f"{relative(path)} imports {name}; only {sorted(OPTIONAL[name])} may"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_files_are_small_and_say_what_they_do(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES, (
-        f"{relative(path)} has {len(text.splitlines())} lines: split it"
-    )
-    assert ast.get_docstring(ast.parse(text)) or not text.strip(), (
-        f"{relative(path)} does not open with a docstring"
-    )
+    assert len(text.splitlines()) <= MOST_LINES, f"{relative(path)} has {len(text.splitlines())} lines: split it"
+    assert ast.get_docstring(ast.parse(text)) or not text.strip(), f"{relative(path)} does not open with a docstring"
 
 
 def test_the_map_lists_every_place():
     """Top-level modules and packages, and the files of ``adapters/``, each with one line on what it says."""
-    rows = re.findall(
-        r"^\|\s*(\d)\s*\|\s*`deltaw/([a-z_]+)(?:\.py|/)`\s*\|\s*(\S.*?)\s*\|$", MAP.read_text(), re.M
-    )
+    rows = re.findall(r"^\|\s*(\d)\s*\|\s*`deltaw/([a-z_]+)(?:\.py|/)`\s*\|\s*(\S.*?)\s*\|$", MAP.read_text(), re.M)
     listed = {name: int(floor) for floor, name, _ in rows}
     there = {place(name) for name in MODULES} - {""}
     assert there <= listed.keys(), f"not on the map of docs/architecture.md: {sorted(there - listed.keys())}"

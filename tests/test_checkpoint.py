@@ -154,9 +154,7 @@ def test_the_file_is_plain_safetensors_without_the_adapter_s_name(llama, tmp_pat
 @pytest.fixture
 def saved(make_llama, tmp_path):
     """A folder with a stirred adapter on q_proj and up_proj."""
-    model = deltaw.get_peft_model(
-        make_llama(), LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_dropout=0.1)
-    )
+    model = deltaw.get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_dropout=0.1))
     stir(model).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -191,9 +189,7 @@ def test_loaded_for_use_or_for_training(make_llama, saved):
 
 
 def test_loading_beside_a_training_adapter_changes_nothing_of_it(make_llama, saved, ids):
-    model = deltaw.get_peft_model(
-        make_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    )
+    model = deltaw.get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     before, trained = logits(model, ids), [n for n, p in model.named_parameters() if p.requires_grad]
     model.load_adapter(saved, "other")
     assert [n for n, p in model.named_parameters() if p.requires_grad] == trained
@@ -228,9 +224,7 @@ def test_a_subfolder_and_a_given_config(make_llama, saved, ids):
 
 
 def test_entries_of_peft_s_that_match_nothing_are_a_note(make_llama, ids, tmp_path, caplog):
-    theirs = peft.get_peft_model(
-        make_llama(), peft.LoraConfig(target_modules=["q_proj", "w1"], rank_pattern={"w2": 3})
-    )
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["q_proj", "w1"], rank_pattern={"w2": 3}))
     stir(theirs).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "deltaw"):
         here = PeftModel.from_pretrained(make_llama(), tmp_path)
@@ -321,15 +315,11 @@ def test_all_faults_are_in_one_error(make_llama, saved):
 def test_another_size_lists_its_shapes_and_another_architecture_its_names(saved):
     from architectures import build as build_architecture
 
-    with pytest.raises(
-        CheckpointError, match=r"LlamaForCausalLM \(\d+ faults\).*(\n.*)*\(2, 32\).*\(2, 16\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM \(\d+ faults\).*(\n.*)*\(2, 32\).*\(2, 16\)"):
         PeftModel.from_pretrained(build_architecture("llama"), saved)
     base = build_architecture("gpt_neox")
     before = state(base)
-    with pytest.raises(
-        TargetError, match=r"match no layer of GPTNeoXForCausalLM.*its layers are.*query_key_value"
-    ):
+    with pytest.raises(TargetError, match=r"match no layer of GPTNeoXForCausalLM.*its layers are.*query_key_value"):
         PeftModel.from_pretrained(base, saved)
     assert same_state(base, before)
 
@@ -371,9 +361,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(make_llama, saved
     expected = logits(PeftModel.from_pretrained(make_llama(), saved), ids)
     torch.save(tensors(saved), saved / "adapter_model.bin")
     (saved / "adapter_model.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"is a pickle, which can run code.*convert it once: python -c"
-    ) as error:
+    with pytest.raises(CheckpointError, match=r"is a pickle, which can run code.*convert it once: python -c") as error:
         PeftModel.from_pretrained(make_llama(), saved)
     command = str(error.value).split('python -c "')[1].rstrip('"')
     exec(command)
@@ -412,9 +400,7 @@ def test_a_method_of_peft_s_that_is_not_here_is_named(make_llama, tmp_path):
     theirs.save_pretrained(tmp_path / "dora")
     with pytest.raises(ConfigError, match="use_dora=True: a setting of PEFT's that deltaw does not support"):
         PeftModel.from_pretrained(make_llama(), tmp_path / "dora")
-    theirs = peft.get_peft_model(
-        make_llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    )
+    theirs = peft.get_peft_model(make_llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     theirs.save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConfigError, match="peft_type 'IA3' is not a method of deltaw"):
         PeftModel.from_pretrained(make_llama(), tmp_path / "ia3")

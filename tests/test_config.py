@@ -39,9 +39,7 @@ def test_yaml_floats_and_bare_no_are_read_by_the_fields_type(tmp_path):
 
 
 def test_overrides_win_over_the_file_and_none_is_not_given(tmp_path):
-    config = load_run_config(
-        write(tmp_path, "r: 4\nseed: 7\n"), {"r": "32", "seed": None, "lora-alpha": "64"}
-    )
+    config = load_run_config(write(tmp_path, "r: 4\nseed: 7\n"), {"r": "32", "seed": None, "lora-alpha": "64"})
     assert (config.r, config.seed, config.lora_alpha) == (32, 7, 64)
 
 
@@ -96,9 +94,7 @@ def test_other_texts_of_a_shell():
 
 def test_all_faults_are_told_at_once_with_place_key_value_why_and_cure(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(
-        "learning_rat: 1e-4\nr: 0\nbias: some\nload_in_4bit: true\nload_best_model_at_end: true\n"
-    )
+    path.write_text("learning_rat: 1e-4\nr: 0\nbias: some\nload_in_4bit: true\nload_best_model_at_end: true\n")
     with pytest.raises(ConfigError) as raised:
         load_run_config(path, {"lora_dropout": "1.5", "nonsense": "1"})
     told = str(raised.value)
@@ -245,9 +241,7 @@ def test_max_steps_beside_epochs_is_noted():
     assert any("max_steps = 5 decides" in note for note in notes)
 
 
-@pytest.mark.parametrize(
-    "value", [".inf", ".nan", "1e999", "[1]", "{a: x}", "2020-01-01", "!!binary aGk=", "x" * 5000]
-)
+@pytest.mark.parametrize("value", [".inf", ".nan", "1e999", "[1]", "{a: x}", "2020-01-01", "!!binary aGk=", "x" * 5000])
 @pytest.mark.parametrize("key", ["learning_rate", "r", "eval_strategy", "rank_pattern", "val_size", "preset"])
 def test_strange_values_give_one_readable_error(tmp_path, key, value):
     with pytest.raises(ConfigError) as raised:

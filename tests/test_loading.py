@@ -65,9 +65,7 @@ def test_the_tokenizer_splits_digits_and_stops_at_the_end_of_turn(smol):
     assert len(tokenizer("12345")["input_ids"]) == 5
     assert tokenizer.decode(tokenizer("a 12345, b")["input_ids"]) == "a 12345, b"
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
-    assert (
-        model.generation_config.eos_token_id == model.generation_config.pad_token_id == tokenizer.eos_token_id
-    )
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == tokenizer.eos_token_id
     assert "<|im_start|>" in tokenizer.chat_template
     assert tokenizer.model_max_length == 8192
 
@@ -229,9 +227,7 @@ def test_an_adapter_folder_is_not_a_model(tmp_path):
 
 
 def test_pickles_are_refused(tmp_path):
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config)
     config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")

@@ -74,9 +74,7 @@ def test_merge_and_unload_is_a_plain_model_and_peft_s(make_llama, ids, fields):
 
 
 def test_lora_bias_merges_to_the_forward(make_llama, ids):
-    model = deltaw.get_peft_model(
-        make_llama(bias=True), LoraConfig(target_modules=ATTENTION, lora_bias=True, r=2)
-    )
+    model = deltaw.get_peft_model(make_llama(bias=True), LoraConfig(target_modules=ATTENTION, lora_bias=True, r=2))
     apart = logits(stir(model, 0.2), ids)
     base = [host.bias.detach().clone() for _, host in host_layers(model)]
     model.merge_adapter()
@@ -248,9 +246,7 @@ def test_a_refused_merge_leaves_the_tie(make_llama):
     assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(
-    "fields", [HEAD, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str
-)
+@pytest.mark.parametrize("fields", [HEAD, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_a_merged_tied_model_survives_its_own_files(make_llama, ids, tmp_path, fields, merged_before):
     model = stir(deltaw.get_peft_model(make_llama(tied=True), LoraConfig(**fields)), 0.2)
@@ -260,9 +256,7 @@ def test_a_merged_tied_model_survives_its_own_files(make_llama, ids, tmp_path, f
     merged = model.merge_and_unload()
     assert close(logits(merged, ids), apart, 1e-5)
     merged.save_pretrained(tmp_path)
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), logits(merged, ids)
-    )
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), logits(merged, ids))
 
 
 def test_two_copies_of_one_module_are_not_merged_silently(llama):

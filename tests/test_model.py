@@ -281,9 +281,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama, ids, first, reen
     llama.train()
 
     def switch_on(model):
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
 
     if first == "checkpointing":
@@ -293,9 +291,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama, ids, first, reen
     if first == "wrap":
         switch_on(model)
     else:
-        disable = (
-            getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
-        )
+        disable = getattr(plain, "activation_checkpointing_disable", None) or plain.gradient_checkpointing_disable
         disable()
     results = []
     for each in (plain, model):

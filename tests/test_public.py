@@ -48,9 +48,7 @@ def test_the_names_for_type_checkers_are_the_same():
 
     tree = ast.parse(inspect.getsource(deltaw))
     block = next(n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
-    named = {
-        alias.name: str(n.module) for n in block.body if isinstance(n, ast.ImportFrom) for alias in n.names
-    }
+    named = {alias.name: str(n.module) for n in block.body if isinstance(n, ast.ImportFrom) for alias in n.names}
     assert named == deltaw._PUBLIC
 
 
@@ -62,10 +60,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_import_itself_loads_nothing():
-    assert (
-        run("import sys, deltaw; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
-        == "[]"
-    )
+    assert run("import sys, deltaw; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])") == "[]"
 
 
 def test_the_library_works_with_core_packages_alone():

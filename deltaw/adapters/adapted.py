@@ -77,13 +77,9 @@ class AdaptedBase(nn.Module):
         """
         if not isinstance(config, PeftConfig):
             kind = f"{type(config).__module__}.{type(config).__name__}"
-            raise ConfigError(
-                f"peft_config is a {kind}; use deltaw's own, deltaw.LoraConfig (its fields are PEFT's)"
-            )
+            raise ConfigError(f"peft_config is a {kind}; use deltaw's own, deltaw.LoraConfig (its fields are PEFT's)")
         if name in self.peft_config:
-            raise AdapterError(
-                f"adapter {name!r} already exists; delete_adapter({name!r}) first, or use another name"
-            )
+            raise AdapterError(f"adapter {name!r} already exists; delete_adapter({name!r}) first, or use another name")
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased and getattr(config, "bias", "none") != "none":
             raise AdapterError(
@@ -133,9 +129,7 @@ class AdaptedBase(nn.Module):
         for name in names:
             self.require(name)
         if len(set(names)) < len(names):
-            raise AdapterError(
-                f"set_adapter({names}): an adapter is named twice, which would add its update twice"
-            )
+            raise AdapterError(f"set_adapter({names}): an adapter is named twice, which would add its update twice")
         hosts = [host for _, host in host_layers(self.model)]
         merged = {name for host in hosts for name in host.merged_adapters}
         if merged and merged != set(names):

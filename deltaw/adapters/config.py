@@ -99,9 +99,7 @@ class PeftConfig:
             )
         for field in dataclasses.fields(self):
             if field.name in self.unsupported:
-                default = (
-                    field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-                )
+                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
                 value = getattr(self, field.name)
                 if value != default and value:
                     faults.append(
@@ -194,9 +192,7 @@ class PeftConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{path} is not valid JSON ({error}); the adapter folder is damaged"
-            ) from error
+            raise CheckpointError(f"{path} is not valid JSON ({error}); the adapter folder is damaged") from error
         if not isinstance(values, dict) or not values.get("peft_type"):
             raise CheckpointError(f"{path} has no 'peft_type': it does not describe an adapter")
         config = config_class(values["peft_type"]).from_dict(values, where=str(path))
@@ -211,9 +207,7 @@ class PeftConfig:
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-def find_file(
-    name: str | os.PathLike[str], filename: str, subfolder: str | None, kwargs: dict[str, Any]
-) -> str:
+def find_file(name: str | os.PathLike[str], filename: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
     """Local path of ``filename`` in an adapter folder, or fetched from the hub; takes the hub's keys out of
     kwargs.
 
@@ -235,8 +229,7 @@ def find_file(
         return hf_hub_download(str(name), filename, subfolder=subfolder, **hub)
     except Exception as error:  # the hub client raises many kinds; the cure is the same for each
         raise CheckpointError(
-            f"no adapter at {str(name)!r}: not a folder here, "
-            f"and the hub gave no {filename} ({type(error).__name__})"
+            f"no adapter at {str(name)!r}: not a folder here, and the hub gave no {filename} ({type(error).__name__})"
         ) from error
 
 
@@ -255,9 +248,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (list, set):
         return isinstance(value, origin) and all(_fits(item, inner[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
-        )
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
     if hint in (int, float):  # True is an int to Python, not to a reader
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -90,9 +90,7 @@ class HostLayer(nn.Module):
             AdapterError: an adapter of that name is here already.
         """
         if name in self._adapters:
-            raise AdapterError(
-                f"adapter {name!r} already exists on {layer_name!r}; delete it or use another name"
-            )
+            raise AdapterError(f"adapter {name!r} already exists on {layer_name!r}; delete it or use another name")
         try:
             adapter = method.create(self, name, config, layer_name)
         except BaseException:
@@ -171,9 +169,7 @@ class HostLayer(nn.Module):
         weight = weight.to(store.dtype)
         bias = None if bias is None or self.bias is None else bias.to(self.bias.dtype)
         if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            raise MergeError(
-                f"merging {list(names)} gives weights that are not finite; the base was left as it was"
-            )
+            raise MergeError(f"merging {list(names)} gives weights that are not finite; the base was left as it was")
         return weight, bias
 
     @torch.no_grad()
@@ -194,9 +190,7 @@ class HostLayer(nn.Module):
         """
         twice = [name for name in names if name in self.merged_adapters]
         if twice:
-            raise MergeError(
-                f"adapters {twice} are merged already; call unmerge_adapter() before merging again"
-            )
+            raise MergeError(f"adapters {twice} are merged already; call unmerge_adapter() before merging again")
         names = [name for name in names if name in self._adapters]
         if not names:
             return
@@ -221,9 +215,7 @@ class HostLayer(nn.Module):
         if not self.merged_adapters:
             return
         if self._kept is None:
-            raise MergeError(
-                "the base was merged without keeping a copy, so it cannot be unmerged; reload the model"
-            )
+            raise MergeError("the base was merged without keeping a copy, so it cannot be unmerged; reload the model")
         left = [name for name in self.merged_adapters if names is not None and name not in names]
         self._restore()
         if left:

@@ -61,9 +61,7 @@ def inject(
     """
     check_name(name)
     if any(name in host.adapters for _, host in host_layers(model)):
-        raise AdapterError(
-            f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name"
-        )
+        raise AdapterError(f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name")
     targets = resolve(model, config, strict=strict)
     method = adapter_class(str(config.peft_type))
     try:
@@ -109,9 +107,7 @@ def check_name(name: str) -> str:
             f"adapter name {name!r}: use letters, digits, '_' and '-', a letter or digit first, at most 64"
         )
     if name in RESERVED_NAMES:
-        raise AdapterError(
-            f"adapter name {name!r} is reserved by torch; choose another, e.g. {name + '_1'!r}"
-        )
+        raise AdapterError(f"adapter name {name!r} is reserved by torch; choose another, e.g. {name + '_1'!r}")
     return name
 
 
@@ -139,9 +135,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 set_submodule(model, layer_name, carrier.original_module)
 
 
-def set_active(
-    model: nn.Module, names: Sequence[str], configs: dict[str, Any], *, trainable: bool = True
-) -> None:
+def set_active(model: nn.Module, names: Sequence[str], configs: dict[str, Any], *, trainable: bool = True) -> None:
     """Activates adapters ``names`` and freezes the others; base biases train with the adapter whose config
     names them."""
     for _, carrier in carriers(model):

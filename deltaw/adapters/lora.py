@@ -129,9 +129,7 @@ class LoraConfig(PeftConfig):
         if not math.isfinite(self.lora_alpha):
             faults.append(f"lora_alpha={self.lora_alpha!r}: a finite number is needed (r or 2 r is common)")
         if not 0.0 <= self.lora_dropout < 1.0:
-            faults.append(
-                f"lora_dropout={self.lora_dropout!r}: a probability in [0, 1) is needed (0.05 is common)"
-            )
+            faults.append(f"lora_dropout={self.lora_dropout!r}: a probability in [0, 1) is needed (0.05 is common)")
         if self.bias not in ("none", "all", "lora_only"):
             faults.append(f"bias={self.bias!r}: use 'none', 'all' or 'lora_only'")
         for key, rank in (self.rank_pattern or {}).items():
@@ -150,17 +148,13 @@ class LoraConfig(PeftConfig):
         if self.fan_in_fan_out:
             faults.append("fan_in_fan_out=True: only layers that keep (out, in) weights are supported")
         if self.layers_pattern and self.layers_to_transform is None:
-            faults.append(
-                "layers_pattern is set but layers_to_transform is not: name the layers, or drop the pattern"
-            )
+            faults.append("layers_pattern is set but layers_to_transform is not: name the layers, or drop the pattern")
         if (
             isinstance(self.target_modules, str)
             and self.target_modules.lower() != "all-linear"
             and self.layers_to_transform is not None
         ):
-            faults.append(
-                "layers_to_transform needs target_modules as a list; write the layers into the expression"
-            )
+            faults.append("layers_to_transform needs target_modules as a list; write the layers into the expression")
         return faults
 
     def _expressions(self) -> Iterator[tuple[str, str]]:

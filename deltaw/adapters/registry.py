@@ -17,8 +17,7 @@ def _known(peft_type: str) -> str:
     name = str(getattr(peft_type, "value", peft_type))
     if name not in ADAPTERS:
         raise ConfigError(
-            f"peft_type {name!r} is not a method of deltaw "
-            f"(it has {', '.join(ADAPTERS)}){did_you_mean(name, ADAPTERS)}"
+            f"peft_type {name!r} is not a method of deltaw (it has {', '.join(ADAPTERS)}){did_you_mean(name, ADAPTERS)}"
         )
     return name
 

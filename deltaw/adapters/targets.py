@@ -102,23 +102,16 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     for name, module in saved.items():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
             faults.append(
-                f"modules_to_save matches {name!r}, a {type(module).__name__}, which is never called; "
-                "name its items"
+                f"modules_to_save matches {name!r}, a {type(module).__name__}, which is never called; name its items"
             )
         if any(isinstance(inner, HostLayer) for inner in module.modules()):
-            faults.append(
-                f"modules_to_save matches {name!r}, which carries an adapter already; delete that one first"
-            )
+            faults.append(f"modules_to_save matches {name!r}, which carries an adapter already; delete that one first")
     places: dict[int, str] = {}
     for name, module in adapted.items():
         if places.setdefault(id(module), name) != name:
-            faults.append(
-                f"target_modules matches {name!r}, which is the same layer as {places[id(module)]!r}"
-            )
+            faults.append(f"target_modules matches {name!r}, which is the same layer as {places[id(module)]!r}")
         if host_type(module) is None:
-            faults.append(
-                f"target_modules matches {name!r}, a {type(module).__name__}, which cannot carry an adapter"
-            )
+            faults.append(f"target_modules matches {name!r}, a {type(module).__name__}, which cannot carry an adapter")
         elif isinstance(model.get_submodule(split_name(name)[0]), nn.MultiheadAttention):
             # it reads the weight of its projection and never calls it: an adapter there would do nothing
             faults.append(
@@ -129,14 +122,9 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     if not adapted:
         everything = {split_name(name)[1] for name, m in candidates.items() if host_type(m)}
         shown = sorted(spec) if not isinstance(spec, str) else spec
-        guesses = (
-            ""
-            if isinstance(spec, str)
-            else "".join(did_you_mean(entry, everything) for entry in sorted(spec))
-        )
+        guesses = "" if isinstance(spec, str) else "".join(did_you_mean(entry, everything) for entry in sorted(spec))
         faults.append(
-            f"target_modules {shown!r}{_narrowing(config)} match no layer of {kind}"
-            f"{guesses or _listing(everything)}"
+            f"target_modules {shown!r}{_narrowing(config)} match no layer of {kind}{guesses or _listing(everything)}"
         )
     else:
         notes += _unmatched_companions(config, candidates, adapted, saved, kind)
@@ -247,11 +235,7 @@ def _narrowing(config: Any) -> str:
 
 
 def _listing(names: set[str]) -> str:
-    return (
-        f"; its layers are {', '.join(sorted(names)[:12])}"
-        if names
-        else "; it has no layer that can be adapted"
-    )
+    return f"; its layers are {', '.join(sorted(names)[:12])}" if names else "; it has no layer that can be adapted"
 
 
 def _unmatched_companions(
@@ -267,17 +251,13 @@ def _unmatched_companions(
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted):
-                notes.append(
-                    f"{field} key {key!r} matches no adapted layer{did_you_mean(key, ends) or _listing(ends)}"
-                )
+                notes.append(f"{field} key {key!r} matches no adapted layer{did_you_mean(key, ends) or _listing(ends)}")
     for entry in config.modules_to_save or []:
         if entry in TASK_HEADS.get(str(config.task_type), ()) and saved:
             continue  # PEFT lists every name that such a head goes by
         if not any(name.endswith(entry) for name in candidates):
             known = {split_name(name)[1] for name in candidates}
-            notes.append(
-                f"modules_to_save entry {entry!r} matches no module of {kind}{did_you_mean(entry, known)}"
-            )
+            notes.append(f"modules_to_save entry {entry!r} matches no module of {kind}{did_you_mean(entry, known)}")
     there = {layer_index(name, config.layers_pattern) for name in candidates}
     for index in _indices(config):
         if index not in there:

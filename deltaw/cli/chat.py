@@ -32,9 +32,7 @@ def chat(
     with working():
         loaded = load_adapted(model, adapter, dtype)
     if not loaded.tokenizer.chat_template:
-        raise ConfigError(
-            f"{adapter or loaded.name} has no chat template to talk in: use deltaw generate --raw"
-        )
+        raise ConfigError(f"{adapter or loaded.name} has no chat template to talk in: use deltaw generate --raw")
     say().print(f"{loaded.name}{' + ' + adapter if adapter else ''}\n{_HELP}", style="dim", markup=False)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     Conversation(loaded, system, settings).run()
@@ -98,9 +96,7 @@ class Conversation:
             print(text, end="", flush=True)
 
         try:
-            stream_answer(
-                self.loaded.model, self.loaded.tokenizer, [*head, *self.turns], show, **self.settings
-            )
+            stream_answer(self.loaded.model, self.loaded.tokenizer, [*head, *self.turns], show, **self.settings)
         except KeyboardInterrupt:
             say().print(" [stopped]", style="yellow", markup=False, end="")
         except DeltawError as error:  # the conversation outgrew the model: it can be reset, so do not leave

@@ -28,13 +28,9 @@ __all__ = ["DEBUG", "AsJson", "Loaded", "counting", "emit", "guarded", "load_ada
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, on stdout.")]
 Adapter = Annotated[str | None, typer.Option("--adapter", "-a", help="Folder of the adapter.")]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Base model; unset: the one that the adapter names.")
-]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model; unset: the one that the adapter names.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 
 

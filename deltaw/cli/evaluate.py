@@ -40,12 +40,8 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows evaluated together.", min=1)] = 8,
     limit: Annotated[int | None, typer.Option(help="Evaluate this many rows, drawn once.", min=1)] = None,
-    compare_base: Annotated[
-        bool, typer.Option("--compare-base", help="The base without the adapter, too.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the answers here, a line each.")
-    ] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="The base without the adapter, too.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the answers here, a line each.")] = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -158,9 +154,7 @@ def _references(rows: list[Row]) -> list[str]:
             missing.append(i)
         found.append(str(answer))
     if missing:
-        raise ConfigError(
-            f"exact_match needs an answer in every row; rows {missing[:5]} have none: use --metric loss"
-        )
+        raise ConfigError(f"exact_match needs an answer in every row; rows {missing[:5]} have none: use --metric loss")
     return found
 
 
@@ -168,18 +162,14 @@ def _function(name: str) -> Callable[..., Any]:
     """The function that ``file.py:function`` names. It is the caller's own code, and it is run."""
     file, colon, function = name.rpartition(":")
     if not colon:
-        raise ConfigError(
-            f"--metric {name}: unknown{did_you_mean(name, _METRICS)} (or name a file.py:function)"
-        )
+        raise ConfigError(f"--metric {name}: unknown{did_you_mean(name, _METRICS)} (or name a file.py:function)")
     spec = importlib.util.spec_from_file_location("deltaw_metric", file)
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise ConfigError(f"--metric {name}: {file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise ConfigError(
-            f"--metric {name}: {file} has no function {function!r}{did_you_mean(function, vars(module))}"
-        )
+        raise ConfigError(f"--metric {name}: {file} has no function {function!r}{did_you_mean(function, vars(module))}")
     return getattr(module, function)
 
 

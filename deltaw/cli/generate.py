@@ -16,17 +16,13 @@ __all__ = ["generate"]
 def generate(
     adapter: Adapter = None,
     model: Model = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt; unset: standard input.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; unset: standard input.")] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of the probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawn answers repeatable.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:

@@ -31,18 +31,14 @@ _PROBES = (
 
 def merge(
     adapter: Annotated[str, typer.Option("--adapter", "-a", help="Folder of the adapter.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the merged model goes; new or empty.")
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged model goes; new or empty.")],
     model: Model = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write base and adapter as one model that needs no adapter code, and say how far its logits moved."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"--output {output} exists and is not empty: nothing was written; name a new folder"
-        )
+        raise ConfigError(f"--output {output} exists and is not empty: nothing was written; name a new folder")
     with working():
         loaded = load_adapted(model, adapter, dtype)
         before = _probe(loaded.model, loaded.tokenizer)
@@ -82,21 +78,10 @@ def _probe(model: Any, tokenizer: Any) -> list[Any]:
 def _drift(before: list[Any], after: list[Any]) -> Any:
     """The two compared, as ``deltaw.merge_report`` does it, without holding two copies of the weights."""
     import torch
-    from torch.nn.functional import kl_div
 
     from deltaw.merge import MergeReport
 
-    a, b = torch.cat(before), torch.cat(after)  # (all tokens, vocabulary)
-    gap = (a - b).abs()
-    kl = kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
-    return MergeReport(
-        tokens=len(a),
-        max_abs=gap.max().item(),
-        mean_abs=gap.mean().item(),
-        scale=a.abs().mean().item(),
-        same_argmax=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
-        kl=max(0.0, kl.item()),
-    )
+    return MergeReport.between(torch.cat(before), torch.cat(after))
 
 
 def _save_whole(model: Any, tokenizer: Any, output: Path) -> None:

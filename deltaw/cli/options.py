@@ -74,9 +74,7 @@ def _value_for(kind: set[Any], words: list[str]) -> str | None:
     """The next word if it is this key's value; a flag takes one only if it reads like yes or no."""
     follows = words[0] if words and not words[0].startswith("--") else None
     if bool in kind:
-        if follows is not None and (
-            follows.lower() in _WORDS or (kind - {bool} and not _is_run_file(follows))
-        ):
+        if follows is not None and (follows.lower() in _WORDS or (kind - {bool} and not _is_run_file(follows))):
             return words.pop(0)
         return "true"
     return words.pop(0) if follows is not None else None

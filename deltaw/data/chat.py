@@ -26,16 +26,12 @@ class Segment(NamedTuple):
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text alone: nothing added before or after it."""
     try:
-        return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     except (TypeError, UnicodeError) as error:
         bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
         if bad is None:
             raise
-        raise DataError(
-            f"character {bad} of its text is half a character (a lone surrogate): clean it"
-        ) from error
+        raise DataError(f"character {bad} of its text is half a character (a lone surrogate): clean it") from error
 
 
 def apply_template(
@@ -140,9 +136,7 @@ def stop_token_ids(tokenizer: Any, chat_template: str | None = None) -> list[int
 
 
 def _unstable(full: str, text: str, end: int, add_generation_prompt: bool) -> str:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(full, text, strict=False)) if a != b), min(len(full), len(text))
-    )
+    at = next((i for i, (a, b) in enumerate(zip(full, text, strict=False)) if a != b), min(len(full), len(text)))
     suffix = " and the generation prompt" if add_generation_prompt else ""
     return (
         f"the chat template is not prefix-stable: the first {end} messages{suffix} render to "
@@ -163,6 +157,4 @@ def _require_tools(full: str, messages: Sequence[Message], tools: list[Any] | No
     ]
     lost = sorted({str(name) for name in names if name and str(name) not in full})
     if lost:
-        raise DataError(
-            f"the chat template leaves out the tools {lost}: give a chat_template that renders them"
-        )
+        raise DataError(f"the chat template leaves out the tools {lost}: give a chat_template that renders them")

@@ -48,10 +48,8 @@ class CheckReport:
     def __str__(self) -> str:
         share = self.supervised_tokens / self.tokens if self.tokens else 0.0
         lines = [
-            f"{self.examples:,} examples, {self.tokens:,} tokens, "
-            f"{self.supervised_tokens:,} supervised ({share:.0%})",
-            f"length: min {self.length_min}, median {self.length_median}, "
-            f"95% {self.length_p95}, max {self.length_max}",
+            f"{self.examples:,} examples, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})",
+            f"length: min {self.length_min}, median {self.length_median}, 95% {self.length_p95}, max {self.length_max}",
             f"truncated: {self.truncated}, cutting supervised text: {self.truncated_supervised}",
             f"duplicates: {self.duplicates}, in train and eval: {self.overlap}",
             f"padding in batches of {self.batch_size}: {self.padding_waste:.0%}",
@@ -87,9 +85,7 @@ def check_rendered(
         seen = {tuple(example.input_ids) for example in rendered}
         report.overlap = sum(tuple(example.input_ids) in seen for example in eval_rendered)
         if report.overlap:
-            report.notes.append(
-                f"{report.overlap} of {len(eval_rendered)} eval examples are in the training data too"
-            )
+            report.notes.append(f"{report.overlap} of {len(eval_rendered)} eval examples are in the training data too")
     if report.duplicates:
         report.notes.append(f"{report.duplicates} of {report.examples} examples repeat an earlier one")
     return report
@@ -188,9 +184,7 @@ def _find_problems(
     )
     if not where:
         special = {"bos": bos, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-        outside = [
-            f"{name}={id_}" for name, id_ in special.items() if id_ is not None and not 0 <= id_ < vocab
-        ]
+        outside = [f"{name}={id_}" for name, id_ in special.items() if id_ is not None and not 0 <= id_ < vocab]
         if outside:
             report.problems.append(f"special tokens outside the vocabulary of {vocab}: {', '.join(outside)}")
         if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]:

@@ -43,9 +43,7 @@ class Collator:
         lengths = [len(feature["input_ids"]) for feature in features]
         for i, (feature, length) in enumerate(zip(features, lengths, strict=True)):
             if len(feature["labels"]) != length:
-                raise DataError(
-                    f"example {i} of the batch: {length} input_ids, {len(feature['labels'])} labels"
-                )
+                raise DataError(f"example {i} of the batch: {length} input_ids, {len(feature['labels'])} labels")
         width = max(lengths)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of

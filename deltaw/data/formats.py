@@ -132,9 +132,7 @@ def _prompt_completion(row: Mapping[str, Any], tools: list[Any] | None) -> Examp
         return Example(prompt=prompt, completion=completion)
     answer = None if completion is None else _messages(completion, "completion")
     if answer is not None and answer[0]["role"] != "assistant":
-        raise DataError(
-            f"completion starts with the role {answer[0]['role']!r}; it must start with 'assistant'"
-        )
+        raise DataError(f"completion starts with the role {answer[0]['role']!r}; it must start with 'assistant'")
     return Example(prompt=_messages(prompt, "prompt"), completion=answer, tools=tools)
 
 
@@ -189,9 +187,7 @@ def _messages(value: Any, where: str) -> list[Message]:
             raise DataError(f"{place} must be a mapping with the keys 'role' and 'content'")
         role = message["role"]
         if role not in ROLES:
-            raise DataError(
-                f"{place} has the role {role!r}; known are {list(ROLES)}{did_you_mean(str(role), ROLES)}"
-            )
+            raise DataError(f"{place} has the role {role!r}; known are {list(ROLES)}{did_you_mean(str(role), ROLES)}")
         kept = {key: item for key, item in message.items() if item is not None}
         calls = kept.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(c, Mapping) for c in calls)):

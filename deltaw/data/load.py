@@ -65,9 +65,7 @@ def as_rows(dataset: Any) -> list[Row]:
         raise DataError(f"{os.fspath(dataset)!r} is a name, not rows: read it with load_rows first")
     if isinstance(dataset, Mapping):
         keys = [str(key) for key in dataset]
-        raise DataError(
-            f"rows must be a list of dicts, not a mapping of {keys}: pick one split, or zip the columns"
-        )
+        raise DataError(f"rows must be a list of dicts, not a mapping of {keys}: pick one split, or zip the columns")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "columns"):  # a pandas data frame
         return dataset.to_dict("records")
     if isinstance(dataset, Iterable):
@@ -121,9 +119,7 @@ def _read_file(path: Path, split: str | None) -> list[Row]:
         return _rows_of_object(path, content, split)
     # a plain file has no parts: giving all of it for "test" would quietly evaluate on the training rows
     if split not in (None, "train", path.stem):
-        raise DataError(
-            f"{str(path)!r} is one file and has no split {split!r}: name the file of that split instead"
-        )
+        raise DataError(f"{str(path)!r} is one file and has no split {split!r}: name the file of that split instead")
     return content
 
 
@@ -243,18 +239,13 @@ def _datasets(act: str) -> Any:
 def _pick_split(saved: Mapping[str, Any], split: str | None, where: str) -> Any:
     wanted = split or "train"
     if wanted not in saved:
-        raise DataError(
-            f"{where!r} has the splits {sorted(saved)}, not {wanted!r}{did_you_mean(wanted, saved)}"
-        )
+        raise DataError(f"{where!r} has the splits {sorted(saved)}, not {wanted!r}{did_you_mean(wanted, saved)}")
     return saved[wanted]
 
 
 def _looks_like_path(name: str) -> bool:
     return (
-        name.startswith((".", "~", os.sep))
-        or name.count("/") > 1
-        or Path(name).suffix.lower() in READERS
-        or not name
+        name.startswith((".", "~", os.sep)) or name.count("/") > 1 or Path(name).suffix.lower() in READERS or not name
     )
 
 
@@ -266,9 +257,7 @@ def _nearest(path: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     near = did_you_mean(path.name, names)
     data = [name for name in names if Path(name).suffix.lower() in READERS]
-    return f"no such name in {str(folder)!r}" + (
-        near or (f", whose data files are {data[:10]}" if data else "")
-    )
+    return f"no such name in {str(folder)!r}" + (near or (f", whose data files are {data[:10]}" if data else ""))
 
 
 def _raise_faults(path: Path, faults: list[str]) -> None:

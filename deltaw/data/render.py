@@ -99,11 +99,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DE
     segments = _segments(example, tokenizer, settings)
     ids, labels = _tokens(tokenizer, segments, [] if example.is_chat else _lead(tokenizer, segments))
     # a template closes the turn itself; where nothing does, eos must, or the model never learns to stop
-    if (
-        segments
-        and segments[-1].supervised
-        and not (example.is_chat and ends_turn(tokenizer, segments[-1].text))
-    ):
+    if segments and segments[-1].supervised and not (example.is_chat and ends_turn(tokenizer, segments[-1].text)):
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no eos token, so no example can end: set tokenizer.eos_token")
         if ids[-1:] != [tokenizer.eos_token_id]:
@@ -117,9 +113,7 @@ def render(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DE
     return Rendered(ids, labels, length, lost)
 
 
-def render_prompt(
-    row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DEFAULT_SETTINGS
-) -> list[int]:
+def render_prompt(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DEFAULT_SETTINGS) -> list[int]:
     """The ids from which the answer to a row is generated: exactly those that precede it in `render`.
 
     The answer itself may be present or absent. Nothing is truncated. Plain text is continued from its end.

@@ -50,9 +50,7 @@ def generate_batch(
         DataError: prompts that are empty, or that leave no room for an answer in the model's window.
     """
     if max_new_tokens < 1 or batch_size < 1:
-        raise ConfigError(
-            f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size} must be at least 1"
-        )
+        raise ConfigError(f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size} must be at least 1")
     ids = [as_prompt_ids(prompt, tokenizer, settings) for prompt in prompts]
     _require_room(model, ids, max_new_tokens)
     stops = stop_token_ids(tokenizer)

@@ -7,6 +7,7 @@ are never repeated; probabilities are made again in backward, so nothing quadrat
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -55,10 +56,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor]:
 
 def _probabilities(q: Tensor, k: Tensor, t: int) -> Tensor:
     scores = torch.bmm(q, k.transpose(1, 2))  # (b g, h/g t, t)
-    future = torch.full((t, t), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
     shaped = scores.view(scores.shape[0], -1, t, t)
-    shaped = shaped + future if torch.compiler.is_compiling() else shaped.add_(future)
+    if torch.compiler.is_compiling():
+        shaped = shaped + _future.__wrapped__(t, q.dtype, q.device)
+    else:
+        shaped.add_(_future(t, q.dtype, q.device))
     return torch.softmax(shaped, -1).view(scores.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _future(t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(t, t): minus infinity above the diagonal; the same for every layer of a step, so it is kept."""
+    return torch.full((t, t), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 class _CausalAttention(torch.autograd.Function):

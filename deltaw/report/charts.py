@@ -108,9 +108,7 @@ def loss_curve(
         handles, labels = axes.get_legend_handles_labels()
         if learning_rate is not None:
             right = axes.twinx()
-            (line,) = right.plot(
-                steps, learning_rate, color=paint["faint"], linewidth=1.0, linestyle=(0, (4, 3))
-            )
+            (line,) = right.plot(steps, learning_rate, color=paint["faint"], linewidth=1.0, linestyle=(0, (4, 3)))
             right.set_ylabel("learning rate", color=paint["faint"])
             right.set_ylim(bottom=0)
             right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -157,9 +155,7 @@ def grouped_bars(
                 low, high = (bars.intervals[group] if bars.intervals else None) or (value, value)
                 if high > low:
                     axes.plot([x, x], [low, high], color=paint["ink"], linewidth=1.0)
-                axes.text(
-                    x, max(high, value) + 0.015, f"{value:.0%}", ha="center", va="bottom", color=paint["ink"]
-                )
+                axes.text(x, max(high, value) + 0.015, f"{value:.0%}", ha="center", va="bottom", color=paint["ink"])
         if marks is not None:
             for group, value in enumerate(marks.values):
                 if value is not None:
@@ -188,9 +184,7 @@ def grouped_bars(
 def _check_bars(labels: Sequence[str], series: Sequence[Bars], marks: Bars | None) -> None:
     faults = []
     if not labels or not 1 <= len(series) <= len(_SERIES):
-        faults.append(
-            f"{len(labels)} groups of {len(series)} series: give at least one group and 1 to 4 series"
-        )
+        faults.append(f"{len(labels)} groups of {len(series)} series: give at least one group and 1 to 4 series")
     for bars in [*series, *([marks] if marks else [])]:
         if len(bars.values) != len(labels) or len(bars.intervals or labels) != len(labels):
             faults.append(f"{bars.name!r} has not one value for each of the {len(labels)} groups")
@@ -210,7 +204,7 @@ def _figure() -> Any:
     except ImportError:
         raise MissingExtra("matplotlib", "report", "drawing a chart") from None
     paint = {name: drawn for name, (drawn, _) in _PAINTS.items()}
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: it can be searched, and it takes the page's font
         "svg.hashsalt": "deltaw",  # the same numbers give the same file
         "font.size": 9,
@@ -237,9 +231,7 @@ def _bare(axes: Any, sides: Sequence[str] = ("bottom",)) -> None:
 
 def _legend(axes: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """Above the data, where it hides nothing."""
-    axes.legend(
-        handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), frameon=False
-    )
+    axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), frameon=False)
 
 
 def _svg(figure: Any, title: str) -> str:

@@ -76,9 +76,7 @@ class Page:
     def add_pairs(self, pairs: Mapping[str, Any]) -> Self:
         """Names and their values, one a line: settings, versions."""
         rows = (f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in pairs.items())
-        return self._add(
-            f'<div class="wide"><table class="pairs"><tbody>{"".join(rows)}</tbody></table></div>'
-        )
+        return self._add(f'<div class="wide"><table class="pairs"><tbody>{"".join(rows)}</tbody></table></div>')
 
     def add_table(
         self,

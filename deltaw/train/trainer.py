@@ -91,7 +91,7 @@ class SFTTrainer(Trainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        # What transformers learns from the class of the model inside it cannot see through a wrapper that is not PEFT's.
+        # What transformers reads off the class of a model, it cannot see through a wrapper that is not PEFT's.
         self.label_names = ["labels"] if args.label_names is None else args.label_names
         self.can_return_loss = False
         if self.fast:
@@ -138,7 +138,7 @@ class SFTTrainer(Trainer):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype_of(base))  # type: ignore[arg-type]
         if half and args.mixed_precision == half:
-            # the base computes in half precision by itself and the adapters are float32 masters: autocast adds only casts
+            # the base computes in half precision by itself, over float32 adapters: autocast would only add casts
             log.info("%s=True: the base is in %s already, so autocast is left off", half, half)
             args.bf16 = args.fp16 = False
             args.mixed_precision = "no"

@@ -120,9 +120,7 @@ class Baseline:
         self.postings: dict[str, list[tuple[int, float]]] = defaultdict(list)
         seen: dict[tuple[str, ...], int] = {}
         for n, masked in enumerate(found):
-            if (
-                seen.setdefault(tuple(masked), n) == n
-            ):  # of questions that mask alike the first stands for all
+            if seen.setdefault(tuple(masked), n) == n:  # of questions that mask alike the first stands for all
                 for term, weight in self._vector(masked).items():
                     self.postings[term].append((n, weight))
 
@@ -195,9 +193,7 @@ def _match_columns(
 
     found = by_type if fits(by_type) and not fits(by_order) else by_order
     # Nothing mentioned is left: any column of that type is the best guess.
-    spare = {
-        c: next((o.name for o in table.columns if o.type == types[c]), table.columns[0].name) for c in wanted
-    }
+    spare = {c: next((o.name for o in table.columns if o.type == types[c]), table.columns[0].name) for c in wanted}
     return {column: found[column][0] if column in found else spare[column] for column in wanted}
 
 
@@ -213,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m text_to_sql.baseline``: prints the baseline's accuracy on every test split."""
     parser = argparse.ArgumentParser(prog="python -m text_to_sql.baseline", description="Score the baseline.")
     parser.add_argument("--seed", type=int, default=0, help="of the training rows (default: 0)")
-    parser.add_argument(
-        "--train", type=int, default=2000, help="training rows to choose from (default: 2000)"
-    )
+    parser.add_argument("--train", type=int, default=2000, help="training rows to choose from (default: 2000)")
     options = parser.parse_args(arguments)
     splits = build(options.seed, options.train)
     baseline = Baseline(splits["train"])

@@ -35,9 +35,7 @@ INSTRUCTION = "Write one SQLite query."
 TEST_SPLITS = ("seen", "wording", "table", "both")
 #: the kinds in the training rows' proportions: top-k, with its two directions, is learned slowest
 TRAIN_MIX = (*KINDS, "top")
-BANNED = (
-    300  # gold queries a set that never occur in train, so that train is the same for any smaller ``test``
-)
+BANNED = 300  # gold queries a set that never occur in train, so that train is the same for any smaller ``test``
 TRIES = 60
 MOST_STALE = 2000  # training questions in a row that were all asked before
 DROP_COLUMN = 0.25  # chance that a training prompt leaves out a column that the question does not need
@@ -176,15 +174,11 @@ class _Draw:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m text_to_sql.build --out DIR --seed 0``: writes the splits as JSON lines."""
-    parser = argparse.ArgumentParser(
-        prog="python -m text_to_sql.build", description="Build the text-to-SQL splits."
-    )
+    parser = argparse.ArgumentParser(prog="python -m text_to_sql.build", description="Build the text-to-SQL splits.")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl, seen.jsonl, ...")
     parser.add_argument("--seed", type=int, default=0, help="draws the training rows (default: 0)")
     parser.add_argument("--train", type=int, default=2000, help="training rows (default: 2000)")
-    parser.add_argument(
-        "--test", type=int, default=BANNED, help=f"questions a test split (default: {BANNED})"
-    )
+    parser.add_argument("--test", type=int, default=BANNED, help=f"questions a test split (default: {BANNED})")
     options = parser.parse_args(arguments)
     try:
         splits = build(options.seed, options.train, options.test)

@@ -67,8 +67,7 @@ def report(
 
 def _headline(facts: Mapping[str, Any], before: Scores, after: Scores, learned: Learned) -> dict[str, str]:
     tiles = {
-        SPLIT_NAMES[split]: f"{before[split].value:.0%} → {after[split].value:.0%}"
-        for split in ("wording", "both")
+        SPLIT_NAMES[split]: f"{before[split].value:.0%} → {after[split].value:.0%}" for split in ("wording", "both")
     }
     sizes = facts["sizes"]
     return tiles | {

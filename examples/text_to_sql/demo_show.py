@@ -21,8 +21,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from deltaw.evaluate import Score
     from text_to_sql.demo_steps import Merged
+    from text_to_sql.score import Outcome
 
-__all__ = ["SPLIT_NAMES", "Example", "Show", "clock", "megabytes", "rows_text"]
+__all__ = ["SPLIT_NAMES", "Example", "Show", "clock", "megabytes", "pick_examples", "printable", "rows_text"]
 
 Row = Mapping[str, Any]
 SPLIT_NAMES = {
@@ -32,6 +33,7 @@ SPLIT_NAMES = {
     "both": "new tables, new wordings",
 }
 SHOWN_ROWS = 3
+SHOWN_COLUMNS = 4
 
 
 class Example(NamedTuple):
@@ -59,7 +61,7 @@ class Show:
 
     def say(self, text: str, style: str = "") -> None:
         """A line of text, without markup, wrapped at the width of the terminal."""
-        self.console.print(Padding(Text(text, style=style), (0, 0, 0, 2)))
+        self.console.print(Padding(Text(text, style=style), (0, 0, 0, 2), expand=False))
 
     def copyable(self, text: str) -> None:
         """A line to copy: never broken, whatever the width."""
@@ -83,19 +85,17 @@ class Show:
 
     def task(self, row: Row, table_rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> None:
         """What is to be learned: one question, its table and the SQL that answers it."""
-        table = Table(*columns[:6], box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", style="dim")
+        table = Table(*columns[:SHOWN_COLUMNS], box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", style="dim")
         for cells in table_rows:
-            table.add_row(*(str(cell) for cell in cells[:6]))
-        more = f" and {len(columns) - 6} more columns" if len(columns) > 6 else ""
+            table.add_row(*(str(cell) for cell in cells[:SHOWN_COLUMNS]))
+        more = f" and {len(columns) - SHOWN_COLUMNS} more columns" if len(columns) > SHOWN_COLUMNS else ""
         content = Group(
             Text.assemble(("table     ", "dim"), row["table"] + more),
             Padding(table, (0, 0, 0, 10)),
             Text.assemble(("question  ", "dim"), (row["prompt"][-1]["content"], "bold")),
             Text.assemble(("SQL       ", "dim"), (row["sql"], "green")),
         )
-        self.console.print(
-            Panel(content, title="deltaw demo: text to SQL", title_align="left", padding=(1, 2))
-        )
+        self.console.print(Panel(content, title="deltaw demo: text to SQL", title_align="left", padding=(1, 2)))
 
     def accuracies(
         self, after: Mapping[str, Score], before: Mapping[str, Score], baseline: Mapping[str, Score]
@@ -114,7 +114,7 @@ class Show:
                 Text(f"{score.value:.0%}", style="bold green"),
                 f"{low:.0%} to {high:.0%}",
             )
-        self.console.print(Padding(table, (1, 0, 0, 2)))
+        self.console.print(Padding(table, (1, 0, 0, 2), expand=False))
 
     def example(self, example: Example) -> None:
         """One question, the model's SQL, and the rows it returned."""
@@ -125,10 +125,10 @@ class Show:
             Text.assemble(("→ ", "dim"), example.returned),
         ]
         if not example.right:
-            lines.append(Text.assemble(("right was  ", "dim"), example.gold))
+            lines.append(Text.assemble(("gold: ", "dim"), example.gold))
         grid = Table.grid(padding=(0, 1))
         grid.add_row(mark, Group(*lines))
-        self.console.print(Padding(grid, (1, 0, 0, 2)))
+        self.console.print(Padding(grid, (1, 0, 0, 2), expand=False))
 
     def merged(self, merged: Merged) -> None:
         """What folding the adapter into the base changed."""
@@ -160,6 +160,37 @@ class Show:
         self.say("One plain model, without an adapter:")
         merged = shlex.quote(f"{adapter.removesuffix('adapter')}merged")
         self.copyable(f"{program} merge --adapter {shlex.quote(adapter)} --output {merged}")
+
+
+def pick_examples(questions: Mapping[str, Sequence[Row]], outcomes: Mapping[str, Sequence[Outcome]]) -> list[Example]:
+    """One question a split, each of another kind, and one failure among them if there is any."""
+
+    def shown(split: str, n: int) -> Example:
+        row, found = questions[split][n], outcomes[split][n]
+        returned = rows_text(found.rows, found.error)
+        question, right = row["prompt"][-1]["content"], found.status == "correct"
+        return Example(split, found.kind, question, printable(found.sql), printable(returned), right, found.gold)
+
+    failing = next(  # in the hardest split that has one
+        (split for split in reversed(list(outcomes)) if any(o.status != "correct" for o in outcomes[split])),
+        None,
+    )
+    picked: list[Example] = []
+    kinds: set[str] = set()
+    for split, found in outcomes.items():
+        # the first that is as right or wrong as it should be, and of a kind not shown yet
+        best = min(
+            range(len(found)),
+            key=lambda n: ((found[n].status == "correct") == (split == failing), found[n].kind in kinds, n),
+        )
+        picked.append(shown(split, best))
+        kinds.add(found[best].kind)
+    return picked
+
+
+def printable(text: str) -> str:
+    """On one line and harmless to a terminal: what a model writes may hold any character."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
 
 def rows_text(rows: Sequence[Sequence[Any]], error: str = "") -> str:

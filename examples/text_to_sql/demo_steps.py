@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import transformers
@@ -127,6 +127,13 @@ class Learned:
     tokens: int
     stopped: int | None
 
+    @property
+    def trainable(self) -> str:
+        """The line that PEFT users know."""
+        some, everything = self.parameters
+        share = 100 * some / everything
+        return f"trainable params: {some:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
+
 
 class StopInTime(TrainerCallback):
     """Ends training before a step that would go past ``seconds``."""
@@ -165,7 +172,7 @@ def train(
     seed: int,
     seconds: float,
     output: Path,
-    stream: TextIO,
+    stream: Any,
     quiet: bool,
 ) -> Learned:
     """Puts an adapter on ``model`` and trains it.

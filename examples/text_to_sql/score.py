@@ -91,9 +91,7 @@ def execute(sql: str) -> Rows:
         rows = _database().run(sql)
     except sqlite3.OperationalError as error:
         if str(error) == "interrupted":
-            raise QueryError(
-                f"running {sql!r}: stopped after {MOST_STEPS} steps; make it read less"
-            ) from error
+            raise QueryError(f"running {sql!r}: stopped after {MOST_STEPS} steps; make it read less") from error
         raise QueryError(f"running {sql!r}: {error}") from error
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
         raise QueryError(f"running {sql!r}: {error}") from error
@@ -189,9 +187,7 @@ def score(predictions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Scor
         QueryError: a gold query does not run.
     """
     if len(predictions) != len(rows):
-        raise ValueError(
-            f"scoring {len(predictions)} predictions against {len(rows)} rows: give one for each"
-        )
+        raise ValueError(f"scoring {len(predictions)} predictions against {len(rows)} rows: give one for each")
     return Score(tuple(_judge(p, row) for p, row in zip(predictions, rows, strict=True)))
 
 

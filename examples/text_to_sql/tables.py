@@ -99,9 +99,7 @@ def _plural(words: str) -> str:
 def _text(role: Role, name: str, source: str | None = None, plural: str | None = None, *says: str) -> Column:
     key = source or name
     words = _words(name)
-    return Column(
-        name, "text", role, lambda r: str(r[key]).strip() or None, plural or _plural(words), says or (words,)
-    )
+    return Column(name, "text", role, lambda r: str(r[key]).strip() or None, plural or _plural(words), says or (words,))
 
 
 def _label(name: str, source: str | None = None, plural: str | None = None) -> Column:
@@ -112,9 +110,7 @@ def _category(name: str, source: str | None = None, *says: str) -> Column:
     return _text("category", name, source, None, *says)
 
 
-def _number(
-    name: str, source: str | None = None, *says: str, whole: bool = False, adds: bool = True
-) -> Column:
+def _number(name: str, source: str | None = None, *says: str, whole: bool = False, adds: bool = True) -> Column:
     key, words = source or name, _words(name)
     cast = int if whole else float
 
@@ -122,9 +118,7 @@ def _number(
         value = record.get(key)
         return None if value in (None, "") else cast(value)  # type: ignore[arg-type]
 
-    return Column(
-        name, "integer" if whole else "real", "number", take, _plural(words), says or (words,), adds
-    )
+    return Column(name, "integer" if whole else "real", "number", take, _plural(words), says or (words,), adds)
 
 
 def _day(text: str) -> date:

@@ -82,9 +82,7 @@ def test_impossible_values_are_refused_with_a_cure(fields, words):
 def test_all_faults_are_in_one_error():
     with pytest.raises(ConfigError) as error:
         LoraConfig(r=0, lora_dropout=2.0, bias="x", use_dora=True)
-    assert all(
-        f"  - {name}" in str(error.value) for name in ("r=0", "lora_dropout=2.0", "bias='x'", "use_dora=True")
-    )
+    assert all(f"  - {name}" in str(error.value) for name in ("r=0", "lora_dropout=2.0", "bias='x'", "use_dora=True"))
 
 
 @pytest.mark.parametrize("given", [["v", "q"], ("v", "q"), {"q", "v"}])

@@ -71,9 +71,7 @@ def test_merge_rounds_once_and_unmerges_bitwise(dtype):
     host.merge(["a"])
     assert torch.equal(host.weight, total.to(dtype))
     host.merge(["b"])
-    assert torch.equal(
-        host.weight, (total + host.adapters["b"].delta_weight()).to(dtype)
-    )  # not rounded in between
+    assert torch.equal(host.weight, (total + host.adapters["b"].delta_weight()).to(dtype))  # not rounded in between
     host.merge(["c"])
     host.unmerge(["b"])
     assert host.merged_adapters == ["a", "c"]

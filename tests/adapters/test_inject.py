@@ -97,9 +97,7 @@ def test_a_failing_second_adapter_leaves_the_first(llama, monkeypatch):
 
 def test_lora_bias_needs_a_bias_and_says_which_layer(llama):
     before = state(llama)
-    with pytest.raises(
-        ConfigError, match=r"lora_bias=True, but 'model.layers.0.self_attn.q_proj' has no bias"
-    ):
+    with pytest.raises(ConfigError, match=r"lora_bias=True, but 'model.layers.0.self_attn.q_proj' has no bias"):
         deltaw.get_peft_model(llama, LoraConfig(target_modules=["q_proj"], lora_bias=True))
     assert same_state(llama, before)
     assert all(p.requires_grad for p in llama.parameters())
@@ -132,9 +130,7 @@ def test_what_the_user_thawed_stays_trainable_until_the_next_injection(llama):
     assert llama.model.norm.weight.requires_grad
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "a/b", "", ".", "-a", "a" * 65, "a b", "ä", "keys", "type", "training", None]
-)
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "-a", "a" * 65, "a b", "ä", "keys", "type", "training", None])
 def test_bad_adapter_names(name):
     net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(AdapterError, match="adapter name"):
@@ -160,9 +156,7 @@ def test_meta_device_on_request():
 def test_a_config_of_peft_is_refused_with_the_cure(llama):
     import peft
 
-    with pytest.raises(
-        ConfigError, match=r"peft_config is a peft\..*LoraConfig; use deltaw's own, deltaw.LoraConfig"
-    ):
+    with pytest.raises(ConfigError, match=r"peft_config is a peft\..*LoraConfig; use deltaw's own, deltaw.LoraConfig"):
         deltaw.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"]))
 
 

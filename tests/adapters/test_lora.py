@@ -53,14 +53,10 @@ def test_the_update_is_the_formula_and_merging_is_the_forward(shape, r, alpha, r
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "fields", [{}, {"use_rslora": True, "lora_dropout": 0.1}, {"lora_bias": True, "bias": "all"}]
-)
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "lora_dropout": 0.1}, {"lora_bias": True, "bias": "all"}])
 def test_the_start_is_the_base_bitwise(make_llama, ids, dtype, fields):
     base = logits(make_llama(dtype, bias=True), ids)
-    model = deltaw.get_peft_model(
-        make_llama(dtype, bias=True), LoraConfig(target_modules=ATTENTION, **fields)
-    )
+    model = deltaw.get_peft_model(make_llama(dtype, bias=True), LoraConfig(target_modules=ATTENTION, **fields))
     assert torch.equal(logits(model, ids), base)
     assert torch.equal(logits(model.train(), ids), base)  # B is zero whatever the dropout draws
 
@@ -122,13 +118,9 @@ def test_bf16_is_as_near_to_float32_as_peft_is(make_llama, ids, cast):
     torch.manual_seed(0)
     reference = deltaw.get_peft_model(make_llama(torch.bfloat16).float(), LoraConfig(**fields))
     torch.manual_seed(0)
-    ours = deltaw.get_peft_model(
-        make_llama(torch.bfloat16), LoraConfig(**fields), autocast_adapter_dtype=cast
-    )
+    ours = deltaw.get_peft_model(make_llama(torch.bfloat16), LoraConfig(**fields), autocast_adapter_dtype=cast)
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(
-        make_llama(torch.bfloat16), peft.LoraConfig(**fields), autocast_adapter_dtype=cast
-    )
+    theirs = peft.get_peft_model(make_llama(torch.bfloat16), peft.LoraConfig(**fields), autocast_adapter_dtype=cast)
     for (_, a), (_, b) in zip(reference.named_parameters(), ours.named_parameters(), strict=True):
         a.data = b.data.float().clone()
     exact = logits(stir(reference), ids)
@@ -160,9 +152,7 @@ def test_dropout_gradients_use_the_mask_of_the_forward():
     (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
     (grad_A,) = torch.autograd.grad(out.sum(), host.lora_A["a"].weight)
     base = host.weight.sum(0)  # d base / dx, the same for each row
-    pull = (
-        (host.lora_B["a"].weight @ host.lora_A["a"].weight).sum(0) * host.scaling["a"] * 2
-    )  # kept ones, over 1 - p
+    pull = (host.lora_B["a"].weight @ host.lora_A["a"].weight).sum(0) * host.scaling["a"] * 2  # kept ones, over 1 - p
     kept = (grad - base).abs() > 1e-12
     assert 0 < kept.float().mean() < 1
     assert torch.allclose(grad - base, kept * pull)
@@ -190,9 +180,7 @@ def test_every_architecture_trains_and_starts_as_its_base(name, tmp_path):
 
 
 def test_autocast_runs_in_bf16(llama, ids):
-    model = stir(
-        deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
-    )
+    model = stir(deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])))
     exact = logits(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(input_ids=ids, labels=ids)
@@ -205,9 +193,7 @@ def test_autocast_runs_in_bf16(llama, ids):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_whole_model_changes_dtype(llama, ids, dtype):
-    model = stir(
-        deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["norm"]))
-    )
+    model = stir(deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear", modules_to_save=["norm"])))
     exact = logits(model, ids)
     model.to(dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}

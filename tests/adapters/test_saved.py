@@ -65,10 +65,7 @@ def test_float32_masters_over_a_half_precision_base(make_llama, ids, tmp_path, d
     model.save_pretrained(tmp_path)
     back = PeftModel.from_pretrained(make_llama(dtype), tmp_path, is_trainable=True)
     assert torch.equal(logits(back, ids), out)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
     with back.disable_adapter():
         assert torch.equal(logits(back, ids), base)
     merged = back.merge_and_unload()
@@ -78,9 +75,7 @@ def test_float32_masters_over_a_half_precision_base(make_llama, ids, tmp_path, d
 
 
 def test_autocast_adapter_dtype_false_keeps_the_base_s_dtype(make_llama, ids):
-    model = deltaw.get_peft_model(
-        make_llama(torch.bfloat16), LoraConfig(**CONFIG), autocast_adapter_dtype=False
-    )
+    model = deltaw.get_peft_model(make_llama(torch.bfloat16), LoraConfig(**CONFIG), autocast_adapter_dtype=False)
     model.add_adapter("b", LoraConfig(**CONFIG), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     gradients(stir(model), ids)

@@ -45,9 +45,7 @@ def chosen(model, **fields):
 def test_the_same_layers_as_peft(make_llama, fields):
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(**fields))
     strict = "mlp.up_proj" not in str(fields)
-    ours = {
-        f"base_model.model.{n}" for n in resolve(make_llama(), LoraConfig(**fields), strict=strict).adapted
-    }
+    ours = {f"base_model.model.{n}" for n in resolve(make_llama(), LoraConfig(**fields), strict=strict).adapted}
     assert ours == adapted(theirs)
 
 
@@ -136,9 +134,7 @@ def test_an_architecture_without_customary_targets_must_be_told():
 def test_multihead_attention_is_refused():
     """It reads its projection's weight and never calls it: an adapter there would silently do nothing."""
     net = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(
-        TargetError, match=r"'self_attn.out_proj' inside nn.MultiheadAttention.*exclude_modules"
-    ):
+    with pytest.raises(TargetError, match=r"'self_attn.out_proj' inside nn.MultiheadAttention.*exclude_modules"):
         resolve(net, LoraConfig(target_modules="all-linear"))
     assert chosen(net, target_modules="all-linear", exclude_modules=["out_proj"]) == {"linear1", "linear2"}
 
@@ -185,9 +181,7 @@ def test_fused_experts_that_all_linear_leaves_out_are_said(caplog):
 
 
 def test_a_list_of_modules_cannot_be_saved_whole(llama):
-    with pytest.raises(
-        TargetError, match=r"'model.layers', a ModuleList, which is never called; name its items"
-    ):
+    with pytest.raises(TargetError, match=r"'model.layers', a ModuleList, which is never called; name its items"):
         resolve(llama, LoraConfig(target_modules=["q_proj"], modules_to_save=["layers"]))
 
 

@@ -116,9 +116,7 @@ def test_ctrl_c_is_exit_130(deltaw, monkeypatch, tmp_path):
 
 
 def test_square_brackets_of_a_message_are_shown(deltaw):
-    code, _, err = deltaw(
-        "train", "--model-name-or-path", "m", "--dataset-name", "d", "--layers-to-transform", "[x]"
-    )
+    code, _, err = deltaw("train", "--model-name-or-path", "m", "--dataset-name", "d", "--layers-to-transform", "[x]")
     assert code == 2
     assert "layers_to_transform = '[x]'" in err
 

@@ -42,9 +42,7 @@ def adapter(folder):
 
 
 def test_dry_run_prints_what_would_be_run_and_writes_nothing(capsys, folder):
-    code, out, err = run(
-        capsys, "train", folder / "run.yaml", "--r", "2", "--output-dir", folder / "x", "--dry-run"
-    )
+    code, out, err = run(capsys, "train", folder / "run.yaml", "--r", "2", "--output-dir", folder / "x", "--dry-run")
     assert code == 0
     assert "\nr: 2\n" in out
     assert "20 examples" in err
@@ -136,8 +134,6 @@ def test_merge_writes_a_plain_model_that_answers_alike(capsys, folder, adapter):
     assert told["drift"]["max_abs"] < 1e-3
     assert told["drift"]["same_argmax"] == 1
     assert not list(folder.glob(".merged*"))
-    _, merged, _ = run(
-        capsys, "generate", "--model", folder / "merged", "--prompt", "say 3", "--max-new-tokens", 6
-    )
+    _, merged, _ = run(capsys, "generate", "--model", folder / "merged", "--prompt", "say 3", "--max-new-tokens", 6)
     _, apart, _ = run(capsys, "generate", "--adapter", adapter, "--prompt", "say 3", "--max-new-tokens", 6)
     assert merged == apart

@@ -52,10 +52,7 @@ def test_a_conversation_goes_through_the_template(tokenizer):
     messages = [{"role": "user", "content": "hi"}]
     expected = tokenizer("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert as_prompt_ids(messages, tokenizer) == expected
-    assert (
-        as_prompt_ids({"messages": [*messages, {"role": "assistant", "content": "no"}]}, tokenizer)
-        == expected
-    )
+    assert as_prompt_ids({"messages": [*messages, {"role": "assistant", "content": "no"}]}, tokenizer) == expected
 
 
 def test_the_answer_ends_where_the_turn_ends(tokenizer):
@@ -98,9 +95,7 @@ def test_nothing_is_left_changed(model, tokenizer):
 def test_the_models_own_generation_defaults_do_not_creep_in(tokenizer):
     model = tiny_model()
     plain = generate_batch(model, tokenizer, PROMPTS, max_new_tokens=10)
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, repetition_penalty=3.0, top_k=3, num_beams=1
-    )
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, top_k=3, num_beams=1)
     assert generate_batch(model, tokenizer, PROMPTS, max_new_tokens=10) == plain
 
 
@@ -110,9 +105,7 @@ def test_no_prompts_no_answers(model, tokenizer):
 
 def test_what_cannot_be_answered(tokenizer):
     model = tiny_model(window=16)
-    with pytest.raises(
-        DataError, match=r"1 of 2 prompts leave no room for 4 new tokens .* prompt 1 \(30 tokens\)"
-    ):
+    with pytest.raises(DataError, match=r"1 of 2 prompts leave no room for 4 new tokens .* prompt 1 \(30 tokens\)"):
         generate_batch(model, tokenizer, ["a", "b" * 30], max_new_tokens=4)
     with pytest.raises(DataError, match="empty prompt"):
         generate_batch(model, tokenizer, [""], max_new_tokens=4)

@@ -137,10 +137,7 @@ def test_tables_are_typed_and_clean():
             if column.role == "date":
                 assert all(len(str(v)) == 10 and str(v)[4] == "-" for v in values(table, column))
     cars = TRAIN_TABLES[0]
-    assert (
-        schema(cars, [cars.column("name"), cars.column("horsepower")])
-        == "cars(name text, horsepower integer)"
-    )
+    assert schema(cars, [cars.column("name"), cars.column("horsepower")]) == "cars(name text, horsepower integer)"
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
@@ -202,9 +199,7 @@ def test_too_many_rows_are_refused_and_subqueries_are_not():
     with pytest.raises(QueryError, match=f"more than {MOST_ROWS} rows"):
         execute("select a.name from cars a, cars b")
     assert execute("select m from (select max(horsepower) as m from cars)") == [(230,)]
-    assert execute("with fast as (select * from cars where horsepower > 220) select count(*) from fast") == [
-        (4,)
-    ]
+    assert execute("with fast as (select * from cars where horsepower > 220) select count(*) from fast") == [(4,)]
 
 
 @pytest.mark.parametrize(

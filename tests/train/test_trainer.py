@@ -229,8 +229,8 @@ importlib.util.find_spec = lambda name, *a: None if name == "peft" else find(nam
 sys.path[:0] = sys.argv[3].split(":")
 from pathlib import Path
 import test_trainer as t
-args = t.settings(Path(sys.argv[2]), max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-                  load_best_model_at_end=True)
+args = t.settings(Path(sys.argv[2]), max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                  save_steps=1, load_best_model_at_end=True)
 trainer = t.SFTTrainer(model=sys.argv[1], args=args, train_dataset=t.ROWS, eval_dataset=t.ROWS, peft_config=t.lora())
 trainer.train()
 assert not utils.is_peft_available()
