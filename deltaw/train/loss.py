@@ -83,9 +83,8 @@ def _loss(
     kwargs: dict[str, Any],
 ) -> Tensor:
     kwargs = {"use_cache": False, **kwargs}
-    hidden = base.base_model(
-        input_ids=input_ids, attention_mask=_needed_mask(attention_mask), **kwargs
-    ).last_hidden_state  # (b, t, d)
+    decoder = _decoder_of(base)
+    hidden = decoder(input_ids=input_ids, attention_mask=_needed_mask(attention_mask), **kwargs).last_hidden_state
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the last position predicts nothing
     output = base.get_output_embeddings()
     if isinstance(divisor, Tensor):
@@ -115,6 +114,12 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+def _decoder_of(base: PreTrainedModel) -> nn.Module:
+    """The part that turns tokens into the hidden states (b, t, d) that the head reads."""
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return base.base_model if decoder is None or decoder is base else decoder
+
+
 def require_fast_loss(model: nn.Module) -> _Head:
     """How ``model`` makes logits of hidden states, proven once against its own forward.
 
@@ -127,7 +132,7 @@ def require_fast_loss(model: nn.Module) -> _Head:
         return _proven[base]
     kind = type(base).__name__
     output = base.get_output_embeddings()
-    if output is None or base.base_model is base:
+    if output is None or _decoder_of(base) is base:
         raise ModelError(f"{kind} has no decoder with an output head on top; use the model's own forward for its loss")
     if getattr(base.config, "output_router_logits", False):
         raise ModelError(f"{kind} adds a load-balancing loss (output_router_logits); use the model's own forward")
@@ -155,7 +160,7 @@ def _prove(base: PreTrainedModel, output: Any, head: _Head) -> None:
 
     training = base.training
     base.eval()
-    hook = base.base_model.register_forward_hook(replace)
+    hook = _decoder_of(base).register_forward_hook(replace)
     try:
         theirs = base(input_ids=ids, use_cache=False).logits.float()
         ours = output(chosen["hidden"]).float() * head.scale

@@ -68,7 +68,7 @@ class Show:
         self.console.print(Text(f"  {text}", style="bold"), soft_wrap=True)
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], object] | None]:
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int, int], object] | None]:
         """A bar for work that is counted, where this is a terminal."""
         if self.quiet or not self.console.is_terminal:
             yield None
@@ -80,7 +80,7 @@ class Show:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=total)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def task(self, row: Row, table_rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> None:

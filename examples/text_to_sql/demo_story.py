@@ -94,13 +94,14 @@ class Story:
         """The first questions of each split, to the untrained model."""
         show = self.show
         few = {split: rows[: self.settings.before] for split, rows in self.questions.items()}
+        total = sum(map(len, few.values()))
         show.heading("2  Before training")
-        with self._timed("asking before"), show.counting("asking") as progress:
+        with self._timed("asking before"), show.counting("asking", total) as progress:
             outcomes = steps.measure(self.base, self.tokenizer, few, progress)
         self.before = steps.tally(outcomes)
         shares = "; ".join(f"{SPLIT_NAMES[split]} {one.value:.0%}" for split, one in self.before.items())
         right = sum(one.right for one in self.before.values())
-        show.say(f"{right} of {sum(map(len, few.values()))} questions right ({shares})")
+        show.say(f"{right} of {total} questions right ({shares})")
         row, outcome = few["wording"][0], outcomes["wording"][0]
         answer = printable(outcome.sql)
         show.say(f"asked: {row['prompt'][-1]['content']}", "dim")
@@ -159,8 +160,9 @@ class Story:
     def ask_after(self) -> None:
         """All questions, to the adapter that was read back."""
         settings, show = self.settings, self.show
+        total = sum(map(len, self.questions.values()))
         show.heading("5  After training")
-        with self._timed("asking after"), show.counting("asking") as progress:
+        with self._timed("asking after"), show.counting("asking", total) as progress:
             self.outcomes = steps.measure(self.model, self.tokenizer, self.questions, progress)
         self.after = steps.tally(self.outcomes)
         show.accuracies(self.after, self.before, self.baseline)
@@ -178,7 +180,7 @@ class Story:
         """The adapter folded into its base: the same questions again."""
         show, split = self.show, MERGED_SPLIT
         show.heading("6  Merged into the base")
-        with self._timed("merging"), show.counting("asking") as progress:
+        with self._timed("merging"), show.counting("asking", len(self.questions[split])) as progress:
             self.merged = steps.merge(
                 self.model, self.tokenizer, self.questions[split], split, self.outcomes[split], progress
             )

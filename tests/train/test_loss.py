@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, build
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -76,6 +77,14 @@ def test_left_padding_keeps_its_mask(llama: Any) -> None:
     data = batch(0)
     data["attention_mask"][0, :4] = 0
     assert_same(adapted(llama), data)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_on_every_architecture(kind: str) -> None:
+    data = batch()
+    data["input_ids"] = data["input_ids"] % 61 + 3
+    data["labels"] = data["labels"].where(data["labels"] == -100, data["input_ids"])
+    assert_same(adapted(build(kind)).eval(), data)  # OPT drops out while it trains
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
