@@ -17,7 +17,7 @@ from deltaw.adapters.hosts import host_type
 from deltaw.adapters.registry import adapter_class
 from deltaw.adapters.saved import ModulesToSaveWrapper
 from deltaw.adapters.targets import Targets, resolve
-from deltaw.errors import AdapterError
+from deltaw.errors import AdapterError, ModelError
 from deltaw.modules import set_submodule
 
 __all__ = [
@@ -63,6 +63,13 @@ def inject(
     if any(name in host.adapters for _, host in host_layers(model)):
         raise AdapterError(f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name")
     targets = resolve(model, config, strict=strict)
+    offloaded = [n for n, m in targets.adapted.items() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
+    if offloaded:
+        # the hook brings such a weight in for its layer's own forward only; an adapter would read nothing
+        raise ModelError(
+            f"cannot put an adapter on {offloaded[0]!r}{f' and {len(offloaded) - 1} more' if offloaded[1:] else ''}: "
+            "the layer is offloaded to CPU or disk (device_map); load the model where it fits, or in fewer bits"
+        )
     method = adapter_class(str(config.peft_type))
     try:
         for layer_name, module in targets.adapted.items():

@@ -86,14 +86,15 @@ def _loss(
     decoder = _decoder_of(base)
     hidden = decoder(input_ids=input_ids, attention_mask=_needed_mask(attention_mask), **kwargs).last_hidden_state
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the last position predicts nothing
-    output = base.get_output_embeddings()
+    output: Any = base.get_output_embeddings()
     if isinstance(divisor, Tensor):
         divisor = divisor.to(hidden.device)
     options: dict[str, Any] = {"divisor": divisor, "logit_scale": head.scale, "softcap": head.softcap}
     plain = type(output) is nn.Linear or (isinstance(output, nn.Linear) and has_store(output))
     if plain and not any(p.requires_grad for p in output.parameters()):
         return supervised_cross_entropy(hidden, targets.to(hidden.device), store_of(output), output.bias, **options)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    embeddings: Any = base.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     return supervised_cross_entropy_through(hidden, targets.to(hidden.device), output, vocabulary, **options)
 
 
@@ -148,7 +149,8 @@ def require_fast_loss(model: nn.Module) -> _Head:
 def _prove(base: PreTrainedModel, output: Any, head: _Head) -> None:
     """Feeds the model's own forward with chosen hidden states and compares its logits with ours."""
     kind = type(base).__name__
-    weight = base.get_input_embeddings().weight
+    embeddings: Any = base.get_input_embeddings()
+    weight: Tensor = embeddings.weight
     ids = torch.arange(4, device=weight.device).unsqueeze(0) % weight.shape[0]
     chosen: dict[str, Tensor] = {}
 

@@ -69,22 +69,23 @@ class SFTTrainer(Trainer):
         # Rows first: they are cheap to check, and a fault here must not cost the time a model takes to load.
         train_features = self._features(train_dataset, tokenizer, args, "train_dataset")
         eval_features = self._features(eval_dataset, tokenizer, args, "eval_dataset")
+        whole: Any = model
         if isinstance(model, str):
-            model = load_model(model, **(args.model_init_kwargs or {}))
-            log.info("loaded %s in %s, the dtype of its checkpoint", name, dtype_of(model))
+            whole = load_model(model, **(args.model_init_kwargs or {}))
+            log.info("loaded %s in %s, the dtype of its checkpoint", name, dtype_of(whole))
         if peft_config is not None:
             set_seed(args.seed)  # before A is drawn, so that one seed is one run
-            model = get_peft_model(model, peft_config)
-        if not any(p.requires_grad for p in model.parameters()):
+            whole = get_peft_model(whole, peft_config)
+        if not any(p.requires_grad for p in whole.parameters()):
             raise ModelError(
                 "nothing to train: every parameter is frozen; pass peft_config=LoraConfig(...), or load the adapter "
                 "with is_trainable=True"
             )
-        self.fast = args.fast_loss and self._can_be_fast(model)
+        self.fast = args.fast_loss and self._can_be_fast(whole)
         self._compile = args.torch_compile
         super().__init__(
-            model=model,
-            args=self._own_args(args, model),
+            model=whole,
+            args=self._own_args(args, whole),
             data_collator=data_collator or Collator(self._pad_id(tokenizer)),
             train_dataset=train_features,
             eval_dataset=eval_features,
@@ -120,8 +121,9 @@ class SFTTrainer(Trainer):
 
     @staticmethod
     def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-        pad = tokenizer.pad_token_id
-        return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+        pad: Any = tokenizer.pad_token_id
+        end: Any = tokenizer.eos_token_id
+        return int(pad if pad is not None else end or 0)
 
     @staticmethod
     def _can_be_fast(model: nn.Module) -> bool:
@@ -148,7 +150,7 @@ class SFTTrainer(Trainer):
     # --- training -----------------------------------------------------------------------------------------------
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if self._compile:
             log.info("compiling %d layers one by one", compile_layers(base))
         if not self.fast:

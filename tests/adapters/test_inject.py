@@ -1,5 +1,7 @@
 """Injection: all or nothing, PEFT's parameter names, the base frozen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peer import pair, same_state, state
@@ -9,7 +11,7 @@ import deltaw
 from deltaw import LoraConfig
 from deltaw.adapters import HostLayer, host_layers, inject, remove_adapter
 from deltaw.adapters.lora import Lora
-from deltaw.errors import AdapterError, ConfigError, TargetError
+from deltaw.errors import AdapterError, ConfigError, ModelError, TargetError
 
 
 @pytest.mark.parametrize(
@@ -166,3 +168,10 @@ def test_targets_that_match_nothing_change_nothing(llama):
         deltaw.get_peft_model(llama, LoraConfig(target_modules=["q_proj", "nope"]))
     assert same_state(llama, before)
     assert all(p.requires_grad for p in llama.parameters())
+
+
+def test_an_offloaded_layer_is_refused_by_name(llama):
+    llama.model.layers[1].mlp.up_proj._hf_hook = SimpleNamespace(offload=True)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*offloaded"):
+        deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear"))
+    assert not list(host_layers(llama))
