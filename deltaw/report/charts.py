@@ -105,6 +105,7 @@ def loss_curve(
         axes.set(xlabel="step", ylabel="loss")
         axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         handles, labels = axes.get_legend_handles_labels()
         if learning_rate is not None:
             right = axes.twinx()

@@ -97,7 +97,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, bool]:
     add("--model", default=usual.model, help="built-in name or folder of the base (%(default)s)")
     add("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(arguments)
-    questions = options.questions or (ALL_QUESTIONS if options.full else usual.questions)
+    questions = options.questions
+    if questions is None:
+        questions = ALL_QUESTIONS if options.full else usual.questions
     if options.steps < 1 or not 1 <= questions <= ALL_QUESTIONS:
         parser.error(f"--steps is at least 1 and --questions from 1 to {ALL_QUESTIONS}")
     settings = Settings(

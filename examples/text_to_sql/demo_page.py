@@ -123,9 +123,9 @@ def _training(page: Page, learned: Learned) -> None:
 
 
 def _example(page: Page, one: Example) -> None:
-    code = f"{one.sql}\n-- {one.returned}"
+    code = f"{one.sql}\n-- result: {one.returned}"
     if not one.right:
-        code += f"\n-- right was: {one.gold}"
+        code += f"\n-- gold: {one.gold}"
     mark = "✓" if one.right else "✗"
     page.add_code(
         code,
@@ -138,10 +138,11 @@ def _merging(page: Page, merged: Merged) -> None:
     page.add_heading("Merged into the base")
     page.add_text(
         f"Folded into the base's weights, the adapter answers {merged.together.value:.1%} of "
-        f"“{SPLIT_NAMES[merged.split]}” right; beside the base it was {merged.apart.value:.1%}.",
+        f"“{SPLIT_NAMES[merged.split]}” right; beside the base it was {merged.apart.value:.1%} ({merged.verdict}).",
         "" if merged.holds else "bad",
     )
-    page.add_text(f"{merged.drift}.", "soft")
+    drift = str(merged.drift)
+    page.add_text(f"{drift[0].upper()}{drift[1:]}.", "soft")
     if merged.differing:
         page.add_table(
             ["question", "apart", "merged"],

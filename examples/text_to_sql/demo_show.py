@@ -6,6 +6,7 @@ Knows nothing of how they came about; only rich is needed here.
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,8 +61,18 @@ class Show:
         self.console.print(f"\n[bold cyan]{text}[/]")
 
     def say(self, text: str, style: str = "") -> None:
-        """A line of text, without markup, wrapped at the width of the terminal."""
-        self.console.print(Padding(Text(text, style=style), (0, 0, 0, 2), expand=False))
+        """A line of text, without markup, wrapped at the width of the terminal and indented."""
+        width = max(20, self.console.width)
+        for line in text.splitlines():
+            wrapped = textwrap.fill(
+                line,
+                width,
+                initial_indent="  ",
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            self.console.print(Text(wrapped, style=style), soft_wrap=True)
 
     def copyable(self, text: str) -> None:
         """A line to copy: never broken, whatever the width."""
@@ -87,14 +98,12 @@ class Show:
         """What is to be learned: one question, its table and the SQL that answers it."""
         table = Table(*columns[:SHOWN_COLUMNS], box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", style="dim")
         for cells in table_rows:
-            table.add_row(*(str(cell) for cell in cells[:SHOWN_COLUMNS]))
-        more = f" and {len(columns) - SHOWN_COLUMNS} more columns" if len(columns) > SHOWN_COLUMNS else ""
-        content = Group(
-            Text.assemble(("table     ", "dim"), row["table"] + more),
-            Padding(table, (0, 0, 0, 10)),
-            Text.assemble(("question  ", "dim"), (row["prompt"][-1]["content"], "bold")),
-            Text.assemble(("SQL       ", "dim"), (row["sql"], "green")),
-        )
+            table.add_row(*(Text(str(cell)) for cell in cells[:SHOWN_COLUMNS]))
+        content = Table.grid(padding=(0, 2))
+        content.add_row(Text("table", style="dim"), f"{row['table']}, {len(columns)} columns")
+        content.add_row("", table)
+        content.add_row(Text("question", style="dim"), Text(row["prompt"][-1]["content"], style="bold"))
+        content.add_row(Text("SQL", style="dim"), Text(row["sql"], style="green"))
         self.console.print(Panel(content, title="deltaw demo: text to SQL", title_align="left", padding=(1, 2)))
 
     def accuracies(
@@ -133,10 +142,9 @@ class Show:
     def merged(self, merged: Merged) -> None:
         """What folding the adapter into the base changed."""
         apart, together = merged.apart, merged.together
-        verdict = "within a point" if merged.holds else "MORE than a point apart"
         self.say(
             f"{SPLIT_NAMES[merged.split]}: {apart.value:.1%} with the adapter beside its base, "
-            f"{together.value:.1%} merged ({together.right} of {together.total}; {verdict})",
+            f"{together.value:.1%} merged ({apart.right} and {together.right} of {together.total}; {merged.verdict})",
             "" if merged.holds else "bold red",
         )
         self.say(str(merged.drift), "dim")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -282,14 +281,19 @@ class Merged:
     differing: list[tuple[str, str, str, str, str]]
 
     @property
-    def points(self) -> float:
-        """Percentage points that merging cost (below 0: gained)."""
-        return 100 * (self.apart.value - self.together.value)
-
-    @property
     def holds(self) -> bool:
         """Within one point, or within one question where a question is more than a point."""
-        return abs(self.apart.right - self.together.right) <= max(1, math.floor(self.apart.total / 100))
+        return abs(self.apart.right - self.together.right) <= max(1, self.apart.total // 100)
+
+    @property
+    def verdict(self) -> str:
+        """The difference in words."""
+        points = 100 * (self.together.value - self.apart.value)
+        if not points:
+            return "no difference"
+        if not self.holds:
+            return f"{points:+.1f} points: merge in float32, or keep the adapter apart"
+        return f"{points:+.1f} points" if abs(points) <= 1 + 1e-9 else "one question"
 
 
 def merge(
