@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .questions import KINDS, Query, ask, sample, sound
+from .rename import renamed
 from .score import execute
 from .tables import HELD_OUT_TABLES, TRAIN_TABLES, Column, Table, schema
 from .wordings import HELD_OUT, TRAIN, Wordings
@@ -33,8 +34,10 @@ Row = dict[str, Any]
 
 INSTRUCTION = "Write one SQLite query."
 TEST_SPLITS = ("seen", "wording", "table", "both")
-#: the kinds in the training rows' proportions: top-k, with its two directions, is learned slowest
-TRAIN_MIX = (*KINDS, "top")
+#: the kinds in the training rows' proportions: those that are learned slowly come more often
+TRAIN_MIX = (*KINDS, "compare", "top")
+#: share of the training rows whose table bears other names; their SQL is not for this database
+RENAMED = 0.5
 BANNED = 300  # gold queries a set that never occur in train, so that train is the same for any smaller ``test``
 TRIES = 60
 MOST_STALE = 2000  # training questions in a row that were all asked before
@@ -96,7 +99,7 @@ def _train(seed: int, size: int) -> list[Row]:
     kinds = cycle(TRAIN_MIX)
     while len(rows) < size:
         query = draw.query(next(kinds), again=True)
-        row = _row(query, TRAIN, rng, vary=True)
+        row = _row(renamed(query, rng) if rng.random() < RENAMED else query, TRAIN, rng, vary=True)
         key = (row["sql"], row["prompt"][-1]["content"])
         if key not in asked:
             asked.add(key)

@@ -34,9 +34,9 @@ RECIPE: dict[str, Any] = {
     "lora_dropout": 0.0,
     "target_modules": "all-linear",
     "learning_rate": 1e-3,
-    "per_device_train_batch_size": 16,
-    "max_steps": 70,
-    "warmup_steps": 3,
+    "per_device_train_batch_size": 8,
+    "max_steps": 132,
+    "warmup_steps": 6,
     "lr_scheduler_type": "linear",
     "train_sampling_strategy": "group_by_length",
 }
@@ -64,7 +64,7 @@ class Settings:
     questions: int = 100
     before: int = 25
     train_rows: int = 2000
-    train_seconds: float = 170.0
+    train_seconds: float = 176.0
     output: Path = Path("runs/demo")
 
 

@@ -43,8 +43,8 @@ __all__ = [
 Rows = Sequence[Mapping[str, Any]]
 Progress = Callable[[int, int], object]
 
-MAX_NEW_TOKENS = 48  # no gold query of the task has more; a model that rambles is cut there
-BATCH = 50  # prompts answered together
+MAX_NEW_TOKENS = 40  # no gold query of the task has more; a model that rambles is cut there
+BATCH = 100
 PROBES = 8  # examples on which logits are compared
 
 
