@@ -43,7 +43,7 @@ __all__ = [
 Rows = Sequence[Mapping[str, Any]]
 Progress = Callable[[int, int], object]
 
-MAX_NEW_TOKENS = 40  # no gold query of the task has more; a model that rambles is cut there
+MAX_NEW_TOKENS = 32  # no gold query of the task has more; a model that rambles is cut there
 BATCH = 100
 PROBES = 8  # examples on which logits are compared
 

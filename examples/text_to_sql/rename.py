@@ -17,40 +17,54 @@ from .tables import HELD_OUT_TABLES, Column, Table, values
 
 __all__ = ["renamed"]
 
-_THINGS = """orders patients books films songs players teams matches flights trains ships trucks hotels rooms guests
-students teachers courses lessons exams schools clubs members tickets events museums paintings statues coins stamps
-recipes meals wines cheeses loaves gardens trees shrubs birds fishes insects horses dogs lakes rivers peaks caves islands
-villages streets houses bridges towers mines wells factories machines engines batteries lamps sensors probes satellites
-planets comets samples tablets vials letters parcels invoices payments loans accounts policies claims tenders ballots
-petitions verdicts articles journals podcasts photos maps sketches shirts boots hats rings clocks violins drums""".split()
+_THINGS = """
+orders patients books films songs players teams matches flights trains ships trucks hotels rooms guests
+students teachers courses lessons exams schools clubs members tickets events museums paintings statues coins
+stamps recipes meals wines cheeses loaves gardens trees shrubs birds fishes insects horses dogs lakes rivers
+peaks caves islands villages streets houses bridges towers mines wells factories machines engines batteries
+lamps sensors probes satellites planets comets samples tablets vials letters parcels invoices payments loans
+accounts policies claims tenders ballots petitions verdicts articles journals podcasts photos maps sketches
+shirts boots hats rings clocks violins drums
+""".split()
 
-_MEASURES = """weight height width depth length area volume mass density pressure humidity altitude distance speed velocity
-torque power voltage current charge energy heat brightness loudness pitch rating score rank price cost fee fare rent wage
-salary income profit revenue budget debt tax discount stock supply demand output waste usage load traffic visits votes
-points goals assists errors delays pauses turns laps grams calories protein sugar sodium iron zinc copper nickel cobalt
-tungsten quartz lysine caffeine chlorine ammonia glucose insulin ozone radon krypton ethanol acetone benzene toluene
-morphine aspirin ibuprofen tannin gluten starch salinity turbidity acidity viscosity porosity hardness elasticity
-frequency amplitude latency bandwidth throughput capacity mileage tonnage acreage population turnout attendance enrolment
-births deaths marriages arrivals departures duration tenure thickness radius circumference slope wingspan girth""".split()
+_MEASURES = """
+weight height width depth length area volume mass density pressure humidity altitude distance speed velocity
+torque power voltage current charge energy heat brightness loudness pitch rating score rank price cost fee
+fare rent wage salary income profit revenue budget debt tax discount stock supply demand output waste usage
+load traffic visits votes points goals assists errors delays pauses turns laps grams calories protein sugar
+sodium iron zinc copper nickel cobalt tungsten quartz lysine caffeine chlorine ammonia glucose insulin ozone
+radon krypton ethanol acetone benzene toluene morphine aspirin ibuprofen tannin gluten starch salinity
+turbidity acidity viscosity porosity hardness elasticity frequency amplitude latency bandwidth throughput
+capacity mileage tonnage acreage population turnout attendance enrolment births deaths marriages arrivals
+departures duration tenure thickness radius circumference slope wingspan girth
+""".split()
 
-_QUALITIES = """net gross peak mean-free dry wet raw final initial annual daily weekly upper lower inner outer left right
-primary secondary spare extra base target actual planned local foreign public private urban rural early late warm cold
-north south lead tail""".replace("mean-free", "basic").split()
+_QUALITIES = """
+net gross peak basic dry wet raw final initial annual daily weekly upper lower inner outer left right
+primary secondary spare extra base target actual planned local foreign public private urban rural early late
+warm cold north south lead tail
+""".split()
 
-_GROUPS = """colour brand model grade class region district county province city country continent language currency
-department faculty branch sector industry category type style genre material fabric flavour shape size season weekday
-shift status priority channel platform vendor supplier carrier owner sponsor coach pilot judge editor curator habitat
-climate terrain blood-group diet breed phase stage level tier league division round quarter decade""".replace(
-    "blood-group", "blood_group"
-).split()
+_GROUPS = """
+colour brand model grade class region district county province city country continent language currency
+department faculty branch sector industry category type style genre material fabric flavour shape size
+season weekday shift status priority channel platform vendor supplier carrier owner sponsor coach pilot
+judge editor curator habitat climate terrain blood_group diet breed phase stage level tier league division
+round quarter decade
+""".split()
 
-_LABELS = """name title code label serial ticket reference handle nickname headline surname address plate badge barcode
-docket folio shelf slot callsign hostname filename isbn passport licence""".split()
+_LABELS = """
+name title code label serial ticket reference handle nickname headline surname address plate badge barcode
+docket folio shelf slot callsign hostname filename isbn passport licence
+""".split()
 
-_TEXTS = """Amber Basil Cedar Delta Ember Falcon Granite Harbor Indigo Juniper Kestrel Lagoon Maple Nimbus Onyx Pewter Quill
-Raven Sable Topaz Umber Velvet Willow Xenon Yarrow Zephyr Lisbon Oslo Nairobi Quito Hanoi Tunis Riga Perth Lima Accra
-morning evening monthly wooden plastic ceramic striped hybrid manual remote expired pending approved Monday Thursday
-January August Silver Crimson Alpha-7 Beta-2 Type-B Grade-A West-End Upper-Lake Saint-Mary""".split()
+_TEXTS = """
+Amber Basil Cedar Delta Ember Falcon Granite Harbor Indigo Juniper Kestrel Lagoon Maple Nimbus Onyx Pewter
+Quill Raven Sable Topaz Umber Velvet Willow Xenon Yarrow Zephyr Lisbon Oslo Nairobi Quito Hanoi Tunis Riga
+Perth Lima Accra morning evening monthly wooden plastic ceramic striped hybrid manual remote expired pending
+approved Monday Thursday January August Silver Crimson Alpha-7 Beta-2 Type-B Grade-A West-End Upper-Lake
+Saint-Mary
+""".split()
 
 
 @cache

@@ -2,8 +2,8 @@
 
     cd examples && python -m text_to_sql.seeds [--seeds 0 1 2] [--splits wording both] [--out FILE]
 
-A seed draws the training rows, their order and the adapter; the test sets stay the same. Each finished seed is written to
-``--out`` at once and is not run again, so the script goes on where it was stopped.
+A seed draws the training rows, their order and the adapter; the test sets stay the same. Each finished seed is
+written to ``--out`` at once and is not run again, so the script goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def one_seed(seed: int, splits: Sequence[str], settings: Settings) -> dict[str, 
     }
     for split in splits:
         guessed = score([baseline.answer(row) for row in rows[split]], rows[split])
-        found[split] = {"deltaw": scores[split].share, "baseline": guessed.accuracy}
+        found[split] = {"deltaw": scores[split].value, "baseline": guessed.accuracy}
     return found
 
 

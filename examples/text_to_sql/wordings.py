@@ -169,7 +169,7 @@ TRAIN = Wordings(
             "Which {agg} {c} does each {cat} have?",
             "Put the {rows} of one {cat} together, and determine the {agg} {c} for all of them.",
             "Considering the {cat} groups one by one, name their {agg} {c}.",
-            "How does the {agg} {c} depend on the {cat}?",
+            "In what way is the {agg} {c} tied to the {cat}? Show both.",
             "Please display every {cat} next to the {agg} {c} of its {rows}.",
             "The {agg} {c} of all {rows}, separately for each {cat}, please.",
             "Would you find out the {agg} {c} for all {cat} groups?",
