@@ -1,4 +1,4 @@
-"""What the README shows must run: its Python, and its commands one after the other, on a model small enough for a test."""
+"""What the README shows must run: its Python, and its commands one after the other, on a tiny model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "runs/sums/adapter/adapter_model.safetensors").is_file()
 
 
-def test_its_commands_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    deltaw ")]
     assert len(commands) == 6
     model = save_tiny(tmp_path / "tiny")
