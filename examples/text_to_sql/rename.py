@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -84,7 +85,7 @@ def _allowed(pool: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word for word in pool if word.lower() not in _reserved())
 
 
-def _pick(pool: list[str], rng: random.Random) -> str:
+def _pick(pool: Sequence[str], rng: random.Random) -> str:
     return rng.choice(_allowed(tuple(pool)))
 
 
