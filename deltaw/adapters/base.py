@@ -91,13 +91,3 @@ class Adapter(ABC):
             held: Any = getattr(self.host, slot, {})
             if self.name in held:
                 del held[self.name]
-
-    # Hooks for methods that act on the whole model while it trains; the trainer calls them for every method
-    # alike.
-
-    def penalty(self) -> Tensor | None:
-        """A term this layer adds to the training loss, or None."""
-        return None
-
-    def after_step(self, step: int) -> None:  # noqa: B027 (most methods have nothing to do here)
-        """Called after each optimizer step."""
