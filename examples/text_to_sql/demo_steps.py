@@ -134,16 +134,37 @@ class Learned:
         return f"trainable params: {some:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
 
 
-class StopInTime(TrainerCallback):
-    """Ends training before a step that would go past ``seconds``."""
+class WithinTime(TrainerCallback):
+    """Fits a run into ``seconds``, on however slow a machine: the linear schedule ends with the steps or with the
+    time, whichever comes first, and no step is begun that would go past it.
+
+    A run that is merely cut off keeps the high learning rate of its middle, and its last noisy steps with it. A
+    run that fits has exactly the schedule of ``max_steps``, so that a seed gives the same model again.
+    """
+
+    SETTLED = 10  # steps until the pace counts: the first ones are slow
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.stopped: int | None = None
         self.begun = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         self.begun = time.perf_counter()
+        steps, warmup = state.max_steps, args.get_warmup_steps(state.max_steps)
+
+        def factor(step: int) -> float:
+            return self.factor(step, steps, warmup, time.perf_counter() - self.begun)
+
+        lr_scheduler.lr_lambdas = [factor] * len(lr_scheduler.lr_lambdas)
+
+    def factor(self, step: int, steps: int, warmup: int, spent: float) -> float:
+        """Of the learning rate: up through ``warmup``, then down to 0 at the last step that there is time for."""
+        if step < warmup:
+            return step / warmup
+        if step >= self.SETTLED and spent > 0:
+            steps = min(steps, max(step, int(step * self.seconds / spent)))
+        return (steps - step) / max(1, steps - warmup)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         spent = time.perf_counter() - self.begun
@@ -190,7 +211,7 @@ def train(
     adapter = {key: value for key, value in recipe.items() if key in adapter_fields}
     settings = {key: value for key, value in recipe.items() if key not in adapter_fields}
     settings["warmup_steps"] = min(settings.get("warmup_steps", 0), settings["max_steps"] // 2)
-    clock = StopInTime(seconds)
+    clock = WithinTime(seconds)
     progress = TenthLines(stream, quiet=quiet)
     trainer = SFTTrainer(
         model=model,

@@ -134,7 +134,8 @@ class Story:
         show.say(f"{len(learned.log)} steps in {clock(learned.seconds)}, loss {learned.log[-1]['loss']:.3f} at the end")
         if learned.stopped is not None:
             show.say(
-                f"stopped by the clock after step {learned.stopped} of {recipe['max_steps']}: "
+                f"stopped by the clock after step {learned.stopped} of {recipe['max_steps']}, with the learning "
+                "rate brought down in time: "
                 f"training may take {settings.train_seconds:.0f} s here",
                 "yellow",
             )

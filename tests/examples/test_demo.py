@@ -10,9 +10,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.console import Console
 from tinychat import tiny_model, tiny_tokenizer
+from transformers import get_linear_schedule_with_warmup
 
 import deltaw
 from deltaw.errors import ConfigError, MissingExtra
@@ -21,7 +23,7 @@ from deltaw.merge import MergeReport
 from text_to_sql import demo
 from text_to_sql.build import TEST_SPLITS
 from text_to_sql.demo_show import SPLIT_NAMES, Show, clock, pick_examples, printable, rows_text
-from text_to_sql.demo_steps import Merged, StopInTime, tally, train
+from text_to_sql.demo_steps import Merged, WithinTime, tally, train
 from text_to_sql.score import Outcome
 
 STEPS, QUESTIONS = 2, 2
@@ -135,7 +137,23 @@ def test_training_stops_when_its_time_is_up(settings, tiny, tmp_path):
     assert learned.stopped == 1
     assert len(learned.log) == 1
     assert not list(tmp_path.iterdir())  # training itself leaves nothing behind
-    assert StopInTime(5.0).stopped is None
+
+
+def test_a_run_that_fits_has_the_linear_schedule():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    (linear,) = get_linear_schedule_with_warmup(optimizer, 6, 40).lr_lambdas
+    ours = [WithinTime(100.0).factor(step, 40, 6, spent=step * 2.0) for step in range(41)]
+    assert ours == pytest.approx([linear(step) for step in range(41)])
+
+
+@pytest.mark.parametrize("pace", [3.0, 5.0, 9.0])
+def test_a_run_that_is_too_slow_still_ends_with_a_small_learning_rate(pace):
+    clock, seconds, steps = WithinTime(100.0), 100.0, 40
+    last = int(seconds / pace)  # the steps that there is time for
+    rates = [clock.factor(step, steps, 6, spent=step * pace) for step in range(last)]
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[-1] <= 1.5 / (last - 6)
+    assert min(rates[1:]) > 0
 
 
 # --- small things -------------------------------------------------------------------------------------------
