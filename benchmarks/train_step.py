@@ -41,7 +41,7 @@ ADAPTER: dict[str, Any] = {"lora_alpha": 32, "target_modules": "all-linear", "ta
 Step = Callable[[], Tensor]
 
 
-def batch(args: argparse.Namespace) -> dict[str, Tensor]:
+def batch(args: argparse.Namespace) -> dict[str, Any]:
     """Random tokens; a share of them supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 49152, (args.batch, args.length), generator=generator)

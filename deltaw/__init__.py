@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import deltaw.integrations  # noqa: F401 (loads nothing; it only says what other libraries may ask of our classes)
+
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it, loaded on first use: `deltaw --help` never waits for torch.
 _PUBLIC = {
+    "AdaLoraConfig": "deltaw.adapters",
+    "LoHaConfig": "deltaw.adapters",
+    "LoKrConfig": "deltaw.adapters",
     "LoraConfig": "deltaw.adapters",
     "PeftConfig": "deltaw.adapters",
     "PeftType": "deltaw.adapters",
@@ -16,42 +21,109 @@ _PUBLIC = {
     "inject_adapter_in_model": "deltaw.adapters",
     "PeftModel": "deltaw.model",
     "get_peft_model": "deltaw.model",
+    "AutoPeftModel": "deltaw.auto",
+    "AutoPeftModelForCausalLM": "deltaw.auto",
+    "AutoPeftModelForFeatureExtraction": "deltaw.auto",
+    "AutoPeftModelForQuestionAnswering": "deltaw.auto",
+    "AutoPeftModelForSeq2SeqLM": "deltaw.auto",
+    "AutoPeftModelForSequenceClassification": "deltaw.auto",
+    "AutoPeftModelForTokenClassification": "deltaw.auto",
+    "PeftModelForCausalLM": "deltaw.tasks",
+    "PeftModelForFeatureExtraction": "deltaw.tasks",
+    "PeftModelForQuestionAnswering": "deltaw.tasks",
+    "PeftModelForSeq2SeqLM": "deltaw.tasks",
+    "PeftModelForSequenceClassification": "deltaw.tasks",
+    "PeftModelForTokenClassification": "deltaw.tasks",
+    "get_peft_model_state_dict": "deltaw.statedict",
+    "set_peft_model_state_dict": "deltaw.statedict",
+    "get_layer_status": "deltaw.status",
+    "get_model_status": "deltaw.status",
     "MergeReport": "deltaw.merge",
     "merge_report": "deltaw.merge",
     "load_model": "deltaw.loading",
     "load_tokenizer": "deltaw.loading",
     "SFTConfig": "deltaw.train",
     "SFTTrainer": "deltaw.train",
+    "SteeringCallback": "deltaw.train",
     "causal_lm_loss": "deltaw.train",
     "PRESETS": "deltaw.presets",
 }
 
 __all__ = [
     "PRESETS",
+    "AdaLoraConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MergeReport",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "SFTConfig",
     "SFTTrainer",
+    "SteeringCallback",
     "TaskType",
     "__version__",
     "causal_lm_loss",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_model",
     "load_tokenizer",
     "merge_report",
+    "set_peft_model_state_dict",
 ]
 
 if TYPE_CHECKING:
-    from deltaw.adapters import LoraConfig, PeftConfig, PeftType, TaskType, inject_adapter_in_model
+    from deltaw.adapters import (
+        AdaLoraConfig,
+        LoHaConfig,
+        LoKrConfig,
+        LoraConfig,
+        PeftConfig,
+        PeftType,
+        TaskType,
+        inject_adapter_in_model,
+    )
+    from deltaw.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from deltaw.loading import load_model, load_tokenizer
     from deltaw.merge import MergeReport, merge_report
     from deltaw.model import PeftModel, get_peft_model
     from deltaw.presets import PRESETS
-    from deltaw.train import SFTConfig, SFTTrainer, causal_lm_loss
+    from deltaw.statedict import get_peft_model_state_dict, set_peft_model_state_dict
+    from deltaw.status import get_layer_status, get_model_status
+    from deltaw.tasks import (
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
+    from deltaw.train import SFTConfig, SFTTrainer, SteeringCallback, causal_lm_loss
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,14 @@ from deltaw.adapters import PeftConfig
 
 __all__ = ["write_card"]
 
-PIPELINES = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
+#: task_type -> the hub's name for it, and transformers' class for its base
+TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
 
 
@@ -26,7 +27,7 @@ def write_card(folder: Path, config: PeftConfig) -> None:
     if path.exists():
         return
     base = config.base_model_name_or_path or ""
-    pipeline = PIPELINES.get(str(config.task_type))
+    pipeline, auto = TASKS.get(str(config.task_type), (None, "AutoModel"))
     method = str(config.peft_type).lower()
     # a local folder is not an id of the hub, and the hub would refuse it
     listed = base if base and not Path(base).exists() and base.count("/") <= 1 else ""
@@ -46,9 +47,9 @@ def write_card(folder: Path, config: PeftConfig) -> None:
         f"A low-rank adapter for `{base or 'its base model'}`, in PEFT's format.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n\n"
         "```python\n"
-        "from transformers import AutoModelForCausalLM\n"
+        f"from transformers import {auto}\n"
         "from deltaw import PeftModel  # or: from peft import PeftModel\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base or 'base'!r})\n"
+        f"base = {auto}.from_pretrained({base or 'base'!r})\n"
         "model = PeftModel.from_pretrained(base, 'this folder')\n"
         "```\n",
         encoding="utf-8",
@@ -56,7 +57,8 @@ def write_card(folder: Path, config: PeftConfig) -> None:
 
 
 SHOWN = (
-    "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "modules_to_save",
+    "task_type", "r", "lora_alpha", "alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_r", "target_r",
+    "total_step", "decompose_both", "decompose_factor", "target_modules", "modules_to_save", "trainable_token_indices",
     "rank_pattern", "alpha_pattern", "layers_to_transform",
 )  # fmt: skip
 

@@ -10,38 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ConfigDict, PrivateAttr, ValidationError, model_validator
 
+from deltaw.adapterfields import ADAPTER_GROUPS, AdapterFields, Fault, belongs, methods_of
 from deltaw.errors import ConfigError, did_you_mean
-from deltaw.fieldtypes import (
-    Dtype,
-    Int,
-    Layers,
-    Names,
-    Pieces,
-    Ranks,
-    Resume,
-    SaveStrategy,
-    Strategy,
-    Targets,
-)
-from deltaw.presets import DEFAULT_PRESET, PRESETS
+from deltaw.fieldtypes import Dtype, Int, Pieces, Resume, SaveStrategy, Strategy, setting
+from deltaw.methods import METHODS
 from deltaw.runfile import read_run_file
 
-__all__ = ["ALIASES", "GROUPS", "CrossFaults", "Fault", "RunConfig", "group_of", "load_run_config"]
+__all__ = ["ALIASES", "GROUPS", "CrossFaults", "Fault", "RunConfig", "group_of", "keys_of", "load_run_config"]
 
 _SHOWN = 80  # characters of a value that an error repeats
-GROUPS = ("Model", "Data", "Adapter", "Training", "Evaluation", "Saving and logging")
+GROUPS = ("Model", "Data", *ADAPTER_GROUPS, "Training", "Evaluation", "Saving and logging")
 
 # Names from older versions of the same libraries. They are read, and a note says the name of today.
 ALIASES = {
@@ -49,15 +32,6 @@ ALIASES = {
     "max_seq_length": "max_length",
     "torch_dtype": "dtype",
 }
-
-
-class Fault(NamedTuple):
-    """One thing wrong with a run's description: the key, its value, why, and how to cure it."""
-
-    key: str
-    value: Any
-    why: str
-    cure: str
 
 
 class CrossFaults(ValueError):
@@ -68,15 +42,12 @@ class CrossFaults(ValueError):
         super().__init__("; ".join(f"{f.key} = {f.value!r}: {f.why}; {f.cure}" for f in faults))
 
 
-def _key(group: str, default: Any, doc: str, **limits: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"group": group}, **limits)
+_model, _data, _training, _evaluation, _saving = (
+    partial(setting, group) for group in GROUPS if group not in ADAPTER_GROUPS
+)
 
 
-_model, _data, _adapter, _training, _evaluation, _saving = (partial(_key, group) for group in GROUPS)
-_STANDARD: dict[str, Any] = PRESETS[DEFAULT_PRESET]
-
-
-class RunConfig(BaseModel):
+class RunConfig(AdapterFields):
     """One fine-tuning run. Immutable; unknown keys are refused; ``preset`` fills what is not given.
 
     Built directly it raises pydantic's ``ValidationError`` (a ``ValueError``);
@@ -114,26 +85,6 @@ class RunConfig(BaseModel):
         None, "Train on the completion only; unset: yes wherever there is a prompt."
     )
     assistant_only_loss: bool = _data(False, "Train on the assistant's turns and on nothing else.")
-
-    method: Literal["lora"] = _adapter("lora", "Kind of adapter.")
-    preset: Literal["standard", "memory_efficient", "high_performance"] = _adapter(
-        DEFAULT_PRESET, "Fills r, lora_alpha, lora_dropout, target_modules, use_rslora; keys you give win."
-    )
-    r: Int = _adapter(_STANDARD["r"], "Rank of the update.", gt=0)
-    lora_alpha: Int = _adapter(_STANDARD["lora_alpha"], "The update is scaled by lora_alpha / r.", gt=0)
-    lora_dropout: float = _adapter(_STANDARD["lora_dropout"], "Dropout on the adapter's input.", ge=0, lt=1)
-    target_modules: Targets = _adapter(
-        _STANDARD["target_modules"], "Layers to adapt: names, a regular expression, or all-linear."
-    )
-    exclude_modules: Targets | None = _adapter(None, "Layers to leave out: names or a regular expression.")
-    use_rslora: bool = _adapter(_STANDARD["use_rslora"], "Scale by lora_alpha / sqrt(r) instead.")
-    use_dora: bool = _adapter(False, "Weight-decomposed adapters (DoRA).")
-    bias: Literal["none", "all", "lora_only"] = _adapter("none", "Biases to train along.")
-    modules_to_save: Names | None = _adapter(None, "Layers to train in full and to save with the adapter.")
-    init_lora_weights: bool | Literal["gaussian"] = _adapter(True, "How A begins: Kaiming uniform or gaussian.")
-    rank_pattern: Ranks = _adapter({}, "Ranks that differ: {layer or expression: r}.")
-    alpha_pattern: Ranks = _adapter({}, "lora_alpha that differ: {layer or expression: alpha}.")
-    layers_to_transform: Layers | None = _adapter(None, "Numbers of the decoder layers to adapt.")
 
     per_device_train_batch_size: Int = _training(8, "Examples a device and micro-step.", gt=0)
     gradient_accumulation_steps: Int = _training(1, "Micro-steps an optimizer step; averaged per token.", gt=0)
@@ -179,18 +130,9 @@ class RunConfig(BaseModel):
 
     _notes: list[str] = PrivateAttr(default_factory=list)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        """The preset's values take the place of the defaults, never of what was given."""
-        if not isinstance(given, Mapping):
-            return given
-        preset = given.get("preset")
-        return {**PRESETS.get(preset if isinstance(preset, str) else "", {}), **given}
-
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
-        if faults := list(_faults_together(self)):
+        if faults := [*self.adapter_faults(), *_faults_together(self)]:
             raise CrossFaults(faults)
         self._notes.extend(_notes_on(self))
         return self
@@ -205,26 +147,26 @@ class RunConfig(BaseModel):
         """Whether there are rows to evaluate on."""
         return bool(self.eval_dataset_name or self.dataset_test_split or self.val_size)
 
-    def changed(self, key: str) -> bool:
-        """Whether ``key`` differs from its default (a resolved file gives all keys, most unchanged)."""
-        return getattr(self, key) != type(self).model_fields[key].default
+    def changed(self, name: str) -> bool:
+        """Whether key ``name`` differs from its default (a resolved file gives all keys, most unchanged)."""
+        return getattr(self, name) != type(self).model_fields[name].default
 
     def pick(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of ``names`` that are keys of a run, with their values."""
         return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 
     def to_yaml(self) -> str:
-        """The resolved description: every key under its group, and ready to be run again."""
+        """The resolved description: every key of this method under its group, and ready to be run again."""
         values = self.model_dump(mode="json")
         blocks = []
         for group in GROUPS:
-            keys = [key for key in type(self).model_fields if group_of(key) == group]
             # one key a line, lists and mappings in their short form
             lines = [
-                yaml.safe_dump({key: value}, default_flow_style=_style(value), allow_unicode=True, width=10**6)
-                for key, value in ((key, values[key]) for key in keys)
+                yaml.safe_dump({name: value}, default_flow_style=_style(value), allow_unicode=True, width=10**6)
+                for name, value in ((name, values[name]) for name in keys_of(group) if belongs(name, self.method))
             ]
-            blocks.append(f"# {group}\n{''.join(lines)}")
+            if lines:
+                blocks.append(f"# {group}\n{''.join(lines)}")
         return "\n".join(blocks)
 
 
@@ -233,25 +175,28 @@ def _style(value: Any) -> bool | None:
     return None if isinstance(value, list | dict) and value else False
 
 
-def group_of(key: str) -> str:
+def group_of(name: str) -> str:
     """The group that a key of :class:`RunConfig` is shown under."""
-    extra = RunConfig.model_fields[key].json_schema_extra
+    extra = RunConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["group"])
+
+
+def keys_of(group: str) -> list[str]:
+    """The keys of a group, in their order."""
+    return [name for name in RunConfig.model_fields if group_of(name) == group]
 
 
 def _faults_together(c: RunConfig) -> Iterable[Fault]:
     """What cannot work, or would be read by nothing, though each key is fine by itself."""
 
-    def fault(key: str, why: str, cure: str) -> Fault:
-        return Fault(key, getattr(c, key), why, cure)
+    def fault(name: str, why: str, cure: str) -> Fault:
+        return Fault(name, getattr(c, name), why, cure)
 
     if c.load_in_4bit:
         yield fault("load_in_4bit", "4-bit bases are not supported yet", "leave it out, or use a smaller base")
     if c.packing:
         yield fault("packing", "packing is not supported yet", "leave it out")
-    if c.use_dora:
-        yield fault("use_dora", "DoRA is not supported yet", "leave it out; use_rslora helps at high ranks")
     if c.bf16 and c.fp16:
         yield fault("fp16", "bf16 is set too, and only one can be", "keep bf16 where the device has it")
     if c.max_steps == 0:
@@ -260,9 +205,9 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
         yield fault("val_size", "there are evaluation rows already", "leave it out")
     if not c.evaluates:
         cure = "give eval_dataset_name, dataset_test_split or val_size"
-        for key in ("eval_strategy", "max_eval_samples", "load_best_model_at_end"):
-            if c.changed(key):
-                yield fault(key, "there are no rows to evaluate on", cure)
+        for name in ("eval_strategy", "max_eval_samples", "load_best_model_at_end"):
+            if c.changed(name):
+                yield fault(name, "there are no rows to evaluate on", cure)
     if c.eval_steps and c.eval_strategy != "steps":
         yield fault(
             "eval_steps",
@@ -346,6 +291,8 @@ def _validate(given: Mapping[str, Any]) -> tuple[RunConfig | None, list[Fault]]:
     except ValidationError as error:
         faults = [fault for one in error.errors() for fault in _faults_of(one, given)]
     bad = {fault.key for fault in faults}
+    if "method" in bad:  # whose keys these are cannot be said
+        given = {key: value for key, value in given.items() if not methods_of(key)}
     stand_in = {key: "?" for key, field in RunConfig.model_fields.items() if field.is_required()}
     try:
         RunConfig.model_validate(stand_in | {key: given[key] for key in given if key not in bad})
@@ -370,6 +317,8 @@ def _faults_of(error: Any, given: Mapping[str, Any]) -> Iterable[Fault]:
         yield Fault(key, None, f"missing: {field.description}", f"write {key}: ... or pass --{key}")
     else:
         why = error["msg"].replace("Input should be", "it should be")
+        if key == "method":
+            why += did_you_mean(str(given.get(key)).lower(), METHODS)
         yield Fault(key, given.get(key), why, str(field.description))
 
 

@@ -1,12 +1,13 @@
 """How a text becomes a value: the types of a run's keys, forgiving where YAML and shells are literal.
 
-PyYAML reads ``1e-4`` as a string and a bare ``no`` as false; a shell hands over strings only.
-Knows nothing of the keys that use these types.
+PyYAML reads ``1e-4`` as a string and a bare ``no`` as false; a shell hands over strings only. ``setting`` declares
+a key with its group and its doc. Knows nothing of the keys themselves.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -14,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 __all__ = [
     "Dtype",
+    "Init",
     "Int",
     "Layers",
     "Names",
@@ -23,7 +25,26 @@ __all__ = [
     "SaveStrategy",
     "Strategy",
     "Targets",
+    "lowered",
+    "setting",
 ]
+
+
+def setting(group: str, default: Any, doc: str, *, methods: Iterable[str] = (), **limits: Any) -> Any:
+    """A key of a run: the group it is shown under, its default, its doc, and the limits of its values.
+
+    Args:
+        methods: those that the key belongs to; empty for all of them.
+    """
+    extra: dict[str, Any] = {"group": group}
+    if methods:
+        extra["methods"] = list(methods)
+    return Field(default, description=doc, json_schema_extra=extra, **limits)
+
+
+def lowered(value: Any) -> Any:
+    """``"DoRA"`` is ``"dora"``."""
+    return value.lower() if isinstance(value, str) else value
 
 
 def _whole(value: Any) -> Any:
@@ -78,6 +99,7 @@ def _pieces(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
+Init = bool | Literal["gaussian", "orthogonal", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no)]
 SaveStrategy = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
 Names = Annotated[list[str], BeforeValidator(_names)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltaw.adapters import HostLayer, ModulesToSaveWrapper, host_layers
 from deltaw.adapters.inject import carriers
 from deltaw.errors import MergeError, did_you_mean
-from deltaw.modules import dtype_of, set_submodule, weight_owners
+from deltaw.modules import dtype_of, name_of, set_submodule, weight_owners
 
 __all__ = ["MergeReport", "merge_adapters", "merge_report", "unload", "unmerge_adapters"]
 
@@ -41,21 +41,41 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
         raise MergeError("adapters are disabled now; merge outside disable_adapter(), or enable_adapter_layers() first")
     _check_finite(hosts, names, every_sum=not keep)
     owners = weight_owners(model)
+    tied: dict[str, list[str]] = {}
     done: list[HostLayer] = []
+    try:
+        for path, host in hosts:
+            others = _sharers(owners, path, host)
+            if others:
+                tied[path] = others
+                host.own_weight()
+            try:
+                host.merge(names, keep=keep)
+            except MergeError as error:
+                for merged in done if keep else []:
+                    merged.unmerge(names)
+                if not host.merged:
+                    host.share_again()
+                raise MergeError(f"{path}: {error}") from None
+            done.append(host)
+    finally:
+        _tie_again(hosts)
+    owners = weight_owners(model)
     for path, host in hosts:
-        others = _sharers(owners, path, host)
-        if others:
-            log.warning("%s is tied to %s; merging gives it weights of its own", path, ", ".join(others))
-            host.own_weight()
-        try:
-            host.merge(names, keep=keep)
-        except MergeError as error:
-            for merged in done if keep else []:
-                merged.unmerge(names)
-            if not host.merged:
-                host.share_again()
-            raise MergeError(f"{path}: {error}") from None
-        done.append(host)
+        left = [other for other in tied.get(path, ()) if other not in owners[host.base_layer.weight]]  # type: ignore[index]
+        if left:
+            log.warning("%s was tied to %s; merging gave it weights of its own", path, ", ".join(left))
+
+
+def _tie_again(hosts: Sequence[tuple[str, HostLayer]]) -> None:
+    """Layers that shared one weight and hold equal ones now share one again (adapters with ``ensure_weight_tying``)."""
+    leaders: dict[nn.Parameter, HostLayer] = {}
+    for _, host in hosts:
+        if host.shared is None:
+            continue
+        leader = leaders.setdefault(host.shared, host)
+        if leader is not host and torch.equal(leader.weight, host.weight):
+            host.base_layer.weight = leader.base_layer.weight
 
 
 def _check_names(model: nn.Module, names: list[str]) -> None:
@@ -96,9 +116,9 @@ def _check_finite(hosts: list[tuple[str, HostLayer]], names: list[str], *, every
 def _sharers(owners: dict[nn.Parameter, list[str]], path: str, host: HostLayer) -> list[str]:
     """The other places where the weight of ``host``'s base is registered."""
     weight = getattr(host.base_layer, "weight", None)
-    if host.untied or not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter):
         return []
-    return [owner for owner in owners.get(weight, []) if owner != f"{path}.base_layer.weight"]
+    return [owner for owner in owners.get(weight, []) if owner != f"{path}.{name_of(host, host.base_layer)}.weight"]
 
 
 def unmerge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> None:
@@ -138,11 +158,12 @@ def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
         left = [name for name in names if name not in merged]
         if left or not names:
             merge_adapters(model, left, keep=False)
-        if any(host.untied for _, host in host_layers(model)):
-            _mark_untied(model)
     else:
         unmerge_adapters(model)
+    successors: dict[nn.Parameter, set[nn.Parameter]] = {}  # a base's weight -> what its places hold instead
     for path, host in host_layers(model):
+        if host.shared is not None:
+            successors.setdefault(host.shared, set()).add(host.base_layer.weight)  # type: ignore[arg-type]
         set_submodule(model, path, host.base_layer)
     for path, wrapper in whole.items():
         copy = next((wrapper.modules_to_save[n] for n in names if n in wrapper.modules_to_save), None)
@@ -150,10 +171,15 @@ def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
             set_submodule(model, path, wrapper.original_module)
             continue
         set_submodule(model, path, copy.to(dtype_of(wrapper.original_module)))
-        owners = weight_owners(model)
-        if any(parameter in owners for parameter in wrapper.original_module.parameters()):
+        for key, original in wrapper.original_module.named_parameters():
+            successors.setdefault(original, set()).add(copy.get_parameter(key))
+    owners = weight_owners(model)
+    parted = {original for original, now in successors.items() if original in owners or len(now) > 1}
+    for path, wrapper in whole.items():
+        if not parted.isdisjoint(wrapper.original_module.parameters()):
             log.warning("%s was tied to other weights; its trained copy is now on its own", path)
-            _mark_untied(model)
+    if parted:
+        _mark_untied(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model

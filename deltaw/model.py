@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,19 @@ from torch import nn
 
 from deltaw import checkpoint, merge
 from deltaw.adapters import AdaptedBase, PeftConfig, host_layers, trained_biases
+from deltaw.adapters.running import Running, let_gradients_in
 from deltaw.card import write_card
 from deltaw.errors import AdapterError, CheckpointError
+from deltaw.guises import Guised
+from deltaw.statedict import refill
+from deltaw.status import get_layer_status, get_model_status
 
 __all__ = ["PeftModel", "get_peft_model"]
 
 log = logging.getLogger("deltaw")
 
 
-class PeftModel(nn.Module):
+class PeftModel(Guised, Running):
     """A base model with any number of named adapters, one or several of them active.
 
     Args:
@@ -65,6 +70,7 @@ class PeftModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        let_gradients_in(model)
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
         # transformers asks a quantized model for this before it trains; on the base it would redirect
@@ -73,26 +79,9 @@ class PeftModel(nn.Module):
 
     # --- the model inside -----------------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
-
     def get_base_model(self) -> nn.Module:
         """The original model (its layers carry the adapters)."""
         return self.base_model.model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("adapter_names") is not None:
-            raise AdapterError("adapter_names: batches that mix adapters are not supported yet; use set_adapter()")
-        kwargs.pop("adapter_names", None)
-        return self.base_model.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -196,6 +185,9 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
+    get_layer_status = get_layer_status
+    get_model_status = get_model_status
+
     # --- files ----------------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -205,19 +197,25 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        convert_to_lora: bool = True,
         **kwargs: Any,
     ) -> None:
         """Writes each adapter in PEFT's files: ``default`` at the root, others in a folder of their name.
 
+        Args:
+            path_initial_model_for_weight_conversion: accepted for PEFT's sake; the start of PiSSA and OLoRA is known
+                here, so that the folder is not read.
+            convert_to_lora: write PiSSA and OLoRA as LoRA of twice the rank over the unchanged base. False writes them
+                as PEFT does, and whoever reads that repeats the decomposition of the base.
+
         Raises:
-            CheckpointError: pickles are asked for, or the target is a file.
+            CheckpointError: pickles are asked for, the target is a file, or an adapter that started from a random
+                decomposition is to be written unconverted.
             AdapterError: an adapter in ``selected_adapters`` does not exist.
         """
-        if kwargs.get("path_initial_model_for_weight_conversion") is not None:
-            raise CheckpointError(
-                "path_initial_model_for_weight_conversion is for initialisers that change the base; "
-                "deltaw has none of them yet, so leave it out"
-            )
+        if path_initial_model_for_weight_conversion is not None and not convert_to_lora:
+            raise CheckpointError("convert_to_lora=False and path_initial_model_for_weight_conversion contradict")
         root = Path(save_directory)
         if root.is_file():
             raise CheckpointError(f"cannot save an adapter into {root}: it is a file, not a folder")
@@ -230,10 +228,24 @@ class PeftModel(nn.Module):
             return
         for name in names:
             folder = root if name == "default" else root / name
+            config = self.peft_config[name]
+            if config.task_type is None and config.auto_mapping is None:  # then AutoPeftModel goes by the base's class
+                kind = type(self.get_base_model())
+                config = copy.copy(config)
+                config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             checkpoint.save_adapter(
-                self.get_base_model(), name, self.peft_config[name], folder, embeddings=save_embedding_layers
+                self.get_base_model(),
+                name,
+                config,
+                folder,
+                embeddings=save_embedding_layers,
+                convert=convert_to_lora,
             )
-            write_card(folder, self.peft_config[name])
+            write_card(folder, config)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Writes a card into ``output_dir`` unless there is one; transformers' Trainer calls it after its own."""
+        write_card(Path(output_dir), self.active_peft_config)
 
     @classmethod
     def from_pretrained(
@@ -263,7 +275,7 @@ class PeftModel(nn.Module):
         tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
         config.inference_mode = not is_trainable
         flags = [(p, p.requires_grad) for p in model.parameters()]
-        peft_model = cls(
+        peft_model = (_class_for(config) if cls is PeftModel else cls)(
             model,
             config,
             adapter_name,
@@ -294,11 +306,17 @@ class PeftModel(nn.Module):
     ) -> None:
         """Loads another saved adapter beside those that are here; it is not active until :meth:`set_adapter`.
 
+        Under the name of an adapter that is here, it fills that one, which goes on as it is, active and trainable or
+        not; the file must be of the same kind.
+
         Raises:
             CheckpointError, TargetError, ConfigError, AdapterError: nothing was changed.
         """
         config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs)
         tensors = checkpoint.read_tensors(model_id, subfolder=subfolder, **kwargs)
+        if adapter_name in self.peft_config:
+            refill(self.get_base_model(), adapter_name, self.peft_config[adapter_name], config, tensors, str(model_id))
+            return
         config.inference_mode = not is_trainable
         flags = self.base_model.add(
             adapter_name,
@@ -364,4 +382,11 @@ def get_peft_model(
         raise AdapterError("mixed=True: adapters of different methods share one PeftModel here; leave it out")
     if revision is not None:
         peft_config.revision = revision
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return _class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _class_for(config: PeftConfig) -> type[PeftModel]:
+    """The class for the task of ``config``."""
+    from deltaw.tasks import TASK_CLASSES  # they derive from the class here
+
+    return TASK_CLASSES.get(str(getattr(config, "task_type", None)), PeftModel)

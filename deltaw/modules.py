@@ -19,6 +19,7 @@ __all__ = [
     "pattern_value",
     "set_submodule",
     "split_name",
+    "tied_to_embedding",
     "weight_owners",
 ]
 
@@ -85,6 +86,20 @@ def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
             if value is not None:
                 owners.setdefault(value, []).append(f"{prefix}.{key}" if prefix else key)
     return owners
+
+
+def tied_to_embedding(model: nn.Module) -> list[str]:
+    """Dotted names of the parameters, elsewhere in a transformers model, that are its input embedding's own weight (a
+    tied output head's, above all)."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return []
+    if not isinstance(embedding, nn.Module):
+        return []
+    weight = next(embedding.parameters(), None)  # of an embedding that is wrapped, the original's comes first
+    inside = f"{name_of(model, embedding)}."
+    return [] if weight is None else [n for n in weight_owners(model)[weight] if not n.startswith(inside)]
 
 
 def is_checkpointing(model: nn.Module) -> bool:

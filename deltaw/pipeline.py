@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, set_seed
 
-from deltaw import LoraConfig, PeftModel
+import deltaw
+from deltaw import PeftConfig, PeftModel
 from deltaw.config import RunConfig
 from deltaw.data import (
     CheckReport,
@@ -34,11 +36,21 @@ from deltaw.data import (
 from deltaw.errors import CheckpointError, ConfigError
 from deltaw.evaluate.generate import inference
 from deltaw.loading import load_model, load_tokenizer, resolve_model
+from deltaw.methods import METHODS
 from deltaw.provenance import base_fingerprint, rows_fingerprint, text_fingerprint, versions
 from deltaw.train import SFTConfig, SFTTrainer
 from deltaw.train.progress import ProgressCallback
 
-__all__ = ["Parity", "RunData", "RunResult", "check_run", "prepare_data", "run_training", "verify_saved"]
+__all__ = [
+    "Parity",
+    "RunData",
+    "RunResult",
+    "adapter_config",
+    "check_run",
+    "prepare_data",
+    "run_training",
+    "verify_saved",
+]
 
 Tell = Callable[[str], object]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -206,19 +218,37 @@ def make_trainer(config: RunConfig, model: Any, data: RunData, progress: Progres
     arguments = config.pick(known - {"resume_from_checkpoint"})  # that goes to train()
     if "activation_checkpointing" in known:  # transformers' new name; the old one warns
         arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing") or None
-    adapter = config.pick(field.name for field in dataclasses.fields(LoraConfig) if field.init)
+    args = SFTConfig(**arguments, disable_tqdm=True)
     set_seed(config.seed)  # the adapters are drawn before the trainer seeds itself
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**arguments, disable_tqdm=True),
+        args=args,
         train_dataset=_features(data.rendered),
         eval_dataset=_features(data.eval_rendered),
-        peft_config=LoraConfig(**adapter, task_type="CAUSAL_LM"),
+        peft_config=adapter_config(config, _steps(args, len(data.rendered))),
         processing_class=data.tokenizer,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # the progress says the same, better
     return trainer
+
+
+def adapter_config(config: RunConfig, steps: int) -> PeftConfig:
+    """The config of the run's method.
+
+    Args:
+        steps: optimizer steps that the run will make, for a method that plans with them.
+
+    Raises:
+        ConfigError: values that the method refuses.
+    """
+    kind: type[PeftConfig] = getattr(deltaw, METHODS[config.method].config)
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    values = {name: value for name, value in config.pick(names).items() if value is not None}
+    if config.method == "adalora":
+        values["total_step"] = steps
+        values |= {name: _share(values[name], steps) for name in ("tinit", "tfinal")}
+    return kind(**values, task_type="CAUSAL_LM")
 
 
 def verify_saved(
@@ -303,6 +333,19 @@ def _claim(config: RunConfig) -> Path:
             "with --resume_from_checkpoint true, or replace it with --overwrite_output_dir"
         )
     return folder
+
+
+def _steps(args: SFTConfig, examples: int) -> int:
+    """Optimizer steps of a run over ``examples``, as the trainer will count them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(math.ceil(examples / args.train_batch_size) / args.world_size)
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _share(value: float, steps: int) -> int:
+    """Steps, given as a number of them or, below 1, as a share of all."""
+    return round(value * steps) if value < 1 else int(value)
 
 
 def _forget_checkpoints(folder: Path) -> None:

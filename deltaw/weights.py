@@ -1,4 +1,4 @@
-"""How a base weight is kept: the weight-store contract, and its dense store.
+"""How a base weight is kept: the weight-store contract, and its dense stores.
 
 A store is a handle on one weight of one module. It reads (``dequantize``), is written (``requantize_``) and
 multiplies (``linear``). Whoever adapts a weight sees only this contract, so a quantized weight is one new
@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DenseStore", "WeightStore", "has_store", "register_store", "store_of", "wide"]
+__all__ = [
+    "DenseStore",
+    "Kind",
+    "TransposedStore",
+    "WeightStore",
+    "has_store",
+    "is_a",
+    "register_store",
+    "store_of",
+    "wide",
+]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -24,9 +34,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 class WeightStore(ABC):
-    """A handle on one weight matrix of shape (out, in).
+    """A handle on one weight: (out, in) of a linear layer, (V, d) of an embedding, (out, in / groups, *kernel) of a
+    convolution.
 
-    ``shape`` and ``numel`` are those of the logical weight; ``dtype`` is what :meth:`dequantize` returns.
+    ``shape`` is that of the logical weight; ``dtype`` is what :meth:`dequantize` returns.
     """
 
     def __init__(self, module: nn.Module, name: str = "weight") -> None:
@@ -52,11 +63,11 @@ class WeightStore(ABC):
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """The weight as a plain tensor (out, in); for a dense store the very parameter, not a copy."""
+        """The weight as a plain tensor; for a dense store the very parameter, not a copy."""
 
     @abstractmethod
     def requantize_(self, weight: Tensor) -> None:
-        """Writes ``weight`` (out, in), rounding to what the store can hold."""
+        """Writes ``weight``, rounding to what the store can hold."""
 
     @abstractmethod
     def keep(self) -> Any:
@@ -67,7 +78,7 @@ class WeightStore(ABC):
         """Undoes writes made since :meth:`keep`, bitwise."""
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) -> x W^T + bias, (..., out)."""
+        """x (..., in) -> x W^T + bias, (..., out), with the weight of a linear layer."""
         return F.linear(x, self.dequantize(), bias)
 
 
@@ -110,17 +121,44 @@ class DenseStore(WeightStore):
         self.parameter.copy_(kept)
 
 
-_STORES: list[tuple[type[nn.Module], Callable[[nn.Module], WeightStore]]] = []
+class TransposedStore(DenseStore):
+    """A linear layer's weight kept as a parameter (in, out), as GPT-2's ``Conv1D`` does; read and written as
+    (out, in)."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.t().shape
+
+    def dequantize(self) -> Tensor:
+        """A view of the parameter, (out, in)."""
+        return self.parameter.t()
+
+    @torch.no_grad()
+    def requantize_(self, weight: Tensor) -> None:
+        self.parameter.copy_(weight.t())
 
 
-def register_store(module_type: type[nn.Module], make: Callable[[nn.Module], WeightStore]) -> None:
+#: a class, or its full name where its package is not imported just for this
+Kind = type[nn.Module] | str
+
+_STORES: list[tuple[Kind, Callable[[nn.Module], WeightStore]]] = []
+
+
+def is_a(module: nn.Module, kind: Kind) -> bool:
+    """``isinstance``, also for a class that is given by its full name."""
+    if isinstance(kind, str):
+        return any(f"{base.__module__}.{base.__qualname__}" == kind for base in type(module).__mro__)
+    return isinstance(module, kind)
+
+
+def register_store(kind: Kind, make: Callable[[nn.Module], WeightStore]) -> None:
     """Says how a kind of module keeps its weight; the newest registration that fits a module wins."""
-    _STORES.insert(0, (module_type, make))
+    _STORES.insert(0, (kind, make))
 
 
 def has_store(module: nn.Module) -> bool:
     """Whether the weight of ``module`` can be adapted: there is a store that reads it as real numbers."""
-    store = next((make(module) for kind, make in _STORES if isinstance(module, kind)), None)
+    store = next((make(module) for kind, make in _STORES if is_a(module, kind)), None)
     # a layer whose weight is packed bytes comes from a library that has no store here
     return store is not None and store.dtype.is_floating_point
 
@@ -132,9 +170,11 @@ def store_of(module: nn.Module) -> WeightStore:
         TypeError: no store is registered for the type of ``module``.
     """
     for kind, make in _STORES:
-        if isinstance(module, kind):
+        if is_a(module, kind):
             return make(module)
     raise TypeError(f"no weight store for {type(module).__name__}; register one with deltaw.weights.register_store")
 
 
-register_store(nn.Linear, DenseStore)
+register_store("transformers.pytorch_utils.Conv1D", TransposedStore)
+for _kind in (nn.Conv3d, nn.Conv2d, nn.Conv1d, nn.Embedding, nn.Linear):  # the last is found first
+    register_store(_kind, DenseStore)

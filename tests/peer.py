@@ -48,7 +48,7 @@ def close(a: Tensor, b: Tensor, relative: float = 1e-6) -> bool:
 
 def adapted(model: nn.Module) -> set[str]:
     """Names of the modules that carry an adapter, ours or PEFT's."""
-    return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    return {name for name, m in model.named_modules() if hasattr(m, "lora_A") or hasattr(m, "lora_embedding_A")}
 
 
 def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -66,3 +66,8 @@ def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
     """Whether the model holds the very same names, order and bits as ``before``."""
     now = model.state_dict()
     return list(now) == list(before) and all(torch.equal(now[k], before[k]) for k in before)
+
+
+def in_order(value: Any) -> str:
+    """A test's name for a value; the order of a set differs from process to process, and test names must not."""
+    return str(sorted(value) if isinstance(value, set) else value)

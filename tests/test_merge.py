@@ -218,7 +218,7 @@ def test_a_tied_head_gets_weights_of_its_own_and_gives_them_back(make_llama, ids
     model = stir(deltaw.get_peft_model(base, LoraConfig(**HEAD)))
     apart = logits(model, ids)
     model.merge_adapter()
-    assert "lm_head is tied to model.embed_tokens.weight; merging gives it weights of its own" in caplog.text
+    assert "lm_head was tied to model.embed_tokens.weight; merging gave it weights of its own" in caplog.text
     assert torch.equal(base.model.embed_tokens.weight, before)
     assert not torch.equal(base.lm_head.weight, before)
     assert close(logits(model, ids), apart, 1e-5)
@@ -226,6 +226,41 @@ def test_a_tied_head_gets_weights_of_its_own_and_gives_them_back(make_llama, ids
     assert base.lm_head.weight is base.model.embed_tokens.weight
     assert base.config.tie_word_embeddings
     assert torch.equal(logits(model, ids), apart)
+
+
+def test_a_tied_embedding_gets_weights_of_its_own_and_gives_them_back(make_llama, ids, tmp_path, caplog):
+    base = make_llama(tied=True)
+    before = base.lm_head.weight.detach().clone()
+    model = stir(deltaw.get_peft_model(base, LoraConfig(target_modules=["embed_tokens", "q_proj"])))
+    apart = logits(model, ids)
+    model.merge_adapter()
+    assert "model.embed_tokens was tied to lm_head.weight; merging gave it weights of its own" in caplog.text
+    assert torch.equal(base.lm_head.weight, before)
+    assert not torch.equal(base.model.embed_tokens.weight, before)
+    assert close(logits(model, ids), apart, 1e-5)
+    model.unmerge_adapter()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    assert torch.equal(logits(model, ids), apart)
+    plain = model.merge_and_unload()
+    assert not plain.config.tie_word_embeddings
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(plain, ids))
+    assert close(logits(plain, ids), apart, 1e-5)
+
+
+def test_adapters_on_both_of_two_tied_layers_merge_apart(make_llama, ids):
+    """Without ``ensure_weight_tying`` each has an update of its own; PEFT would add both to the one weight."""
+    base = make_llama(tied=True)
+    before = state(base)
+    model = stir(deltaw.get_peft_model(base, LoraConfig(target_modules=["embed_tokens", "lm_head"])))
+    apart = logits(model, ids)
+    model.merge_adapter()
+    assert not torch.equal(base.lm_head.weight, base.model.embed_tokens.weight)
+    assert close(logits(model, ids), apart, 1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), apart)
+    assert same_state(model.unload(), before)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
 def test_adapters_elsewhere_do_not_untie(make_llama, caplog):

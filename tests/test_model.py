@@ -10,10 +10,11 @@ import pytest
 import torch
 from peer import ATTENTION, close, gradients, logits, pair, same_state, state, stir
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 import deltaw
 from deltaw import LoraConfig, PeftModel
-from deltaw.adapters import host_layers
+from deltaw.adapters import CONFIGS, host_layers
 from deltaw.errors import AdapterError
 
 A = {"target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -165,7 +166,8 @@ def test_biases_belong_to_one_adapter(make_llama):
         (lambda m: PeftModel.from_pretrained(m, "x"), "has adapters already; use model.load_adapter"),
         (lambda m: deltaw.get_peft_model(m.get_base_model(), LoraConfig(**A)), "injected already"),
         (lambda m: deltaw.get_peft_model(nn.Sequential(), LoraConfig(**A), mixed=True), "mixed=True"),
-        (lambda m: m(torch.tensor([[3]]), adapter_names=["b"]), "adapter_names: batches that mix adapters"),
+        (lambda m: m(torch.tensor([[3]]), adapter_names=["bb"]), "adapter_names: no adapter 'bb'; .*did you mean 'b'"),
+        (lambda m: m.set_requires_grad(["b", "nope"]), "no adapter 'nope'"),
     ],
 )
 def test_mistakes_are_errors_with_a_cure_and_change_nothing(model, act, words):
@@ -300,6 +302,89 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama, ids, first, reen
     expected, grads = results
     assert len(grads) == len(expected) == 28
     assert all(close(grads[name], expected[name], 1e-5) for name in grads)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def vit():
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=3)).double().eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes, decoder_start_token_id=0)).double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("first", ["wrap", "checkpointing"])
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (vit, {"pixel_values": torch.ones(2, 3, 8, 8, dtype=torch.float64)}),
+        (t5, {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[6, 7]])}),
+    ],
+    ids=["images", "encoder-decoder"],
+)
+def test_checkpointing_of_other_models_lets_gradients_in(build, inputs, first, options):
+    """A reentrant checkpoint over a frozen base would give none: transformers asks for them on text alone."""
+    results = []
+    for recompute in (False, True):
+        base = build()
+        if recompute and first == "checkpointing":
+            base.gradient_checkpointing_enable(options or None)
+        model = stir(deltaw.get_peft_model(base, LoraConfig(target_modules="all-linear")))
+        if recompute and first == "wrap":
+            model.gradient_checkpointing_enable(options or None)
+        model.train()
+        model(**inputs).logits.square().sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = results
+    assert plain.keys() == again.keys()
+    assert len(plain) == sum(p.requires_grad for p in model.parameters())
+    assert all(close(again[name], plain[name], 1e-9) for name in plain)
+
+
+def test_checkpointing_is_offered_where_the_base_has_it():
+    net = deltaw.get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    assert not hasattr(net, "activation_checkpointing_enable")
+    assert not hasattr(net, "gradient_checkpointing_enable")
+
+
+def test_gradients_are_asked_for_without_activating(make_llama):
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = deltaw.get_peft_model(make_llama(bias=True), LoraConfig(**whole, bias="lora_only"))
+    model.add_adapter("b", LoraConfig(**whole))
+    trained = lambda: {n for n, p in model.named_parameters() if p.requires_grad}  # noqa: E731
+    first = trained()
+    model.set_requires_grad("b")
+    assert trained() == first | {n for n, _ in model.named_parameters() if ".b." in n}
+    assert model.active_adapters == ["default"]
+    model.set_requires_grad("default", False)
+    assert {n for n in trained() if ".b." not in n} == set()  # the biases that train with it, too
+    model.set_requires_grad(["default"])
+    model.set_requires_grad(["b"], False)
+    assert trained() == first
+
+
+@pytest.mark.parametrize("kind", sorted({kind.__name__: kind for kind in CONFIGS.values()}.items()))
+def test_configs_are_pickled_and_copied_whole(kind):
+    config = kind[1](target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=["head"])
+    for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert other == config
+        assert type(other) is type(config)
+        assert other.to_dict() == config.to_dict()
+
+
+def test_a_copy_made_after_a_mixed_batch_is_whole(model, ids):
+    model.set_requires_grad(["default", "b"])
+    expected = model(input_ids=ids, adapter_names=["default", "b"]).logits
+    other = copy.deepcopy(model)
+    assert torch.equal(other(input_ids=ids, adapter_names=["default", "b"]).logits, expected)
+    assert gradients(other, ids)
 
 
 def test_training_moves_only_the_adapter(model, ids):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import deltaw
 from deltaw import modules
 
 
@@ -76,6 +77,20 @@ def test_weight_owners_shows_tied_weights(net):
     owners = modules.weight_owners(net)
     assert owners[net[2].weight] == ["1.0.weight", "2.weight"]
     assert owners[net[0].bias] == ["0.bias"]
+
+
+def test_tied_to_embedding_names_the_other_places(make_llama, net):
+    tied = make_llama(tied=True)
+    assert modules.tied_to_embedding(tied) == ["lm_head.weight"]
+    assert modules.tied_to_embedding(make_llama()) == []
+    assert modules.tied_to_embedding(net) == []  # no transformers model
+    deltaw.inject_adapter_in_model(deltaw.LoraConfig(target_modules=["embed_tokens", "lm_head"]), tied)
+    assert modules.tied_to_embedding(tied) == ["lm_head.base_layer.weight"]
+    whole = deltaw.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    trained = deltaw.get_peft_model(make_llama(tied=True), whole).get_base_model()
+    assert modules.tied_to_embedding(trained) == ["lm_head.weight"]
+    tied.get_input_embeddings = lambda: None
+    assert modules.tied_to_embedding(tied) == []
 
 
 def test_is_checkpointing_asks_every_part(llama):

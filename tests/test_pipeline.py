@@ -8,14 +8,15 @@ import pytest
 import torch
 from tinychat import save_tiny, write_rows
 
-from deltaw import LoraConfig, PeftModel, SFTConfig
+from deltaw import PeftModel, SFTConfig
+from deltaw.adapters import CONFIGS
 from deltaw.config import RunConfig, load_run_config
 from deltaw.data import load_rows, render_all
 from deltaw.errors import CheckpointError, ConfigError, DataError
 from deltaw.loading import load_model, load_tokenizer
 from deltaw.pipeline import check_run, run_training, verify_saved
 
-# Keys that the pipeline itself reads; every other one must reach SFTConfig or LoraConfig.
+# Keys that the pipeline itself reads; every other one must reach SFTConfig or a method's config.
 OWN_KEYS = {
     "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "load_in_4bit",
     "dataset_name", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "val_size",
@@ -47,7 +48,7 @@ def describe(base, tmp_path):
 
 
 def test_no_key_is_read_by_nothing():
-    read = set(SFTConfig.__dataclass_fields__) | set(LoraConfig.__dataclass_fields__) | OWN_KEYS
+    read = OWN_KEYS.union(SFTConfig.__dataclass_fields__, *(c.__dataclass_fields__ for c in CONFIGS.values()))
     assert set(RunConfig.model_fields) <= read
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from deltaw.weights import DenseStore, has_store, register_store, store_of, wide
+from deltaw.weights import DenseStore, TransposedStore, has_store, is_a, register_store, store_of, wide
 
 
 def test_a_dense_store_is_a_handle_not_a_copy():
@@ -33,10 +34,41 @@ def test_dense_store_multiplies_writes_and_restores_bitwise():
     assert layer.weight.requires_grad
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_layers_of_other_kinds_keep_a_dense_weight_too(kind):
+    layer = kind(5, 3) if kind is nn.Embedding else kind(2, 4, 3)
+    store, before = store_of(layer), layer.weight.detach().clone()
+    assert isinstance(store, DenseStore)
+    assert has_store(layer)
+    assert store.shape == layer.weight.shape
+    kept = store.keep()
+    store.requantize_(before + 1)
+    assert torch.equal(layer.weight, before + 1)
+    store.restore_(kept)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_weight_is_read_written_and_restored_the_other_way_round(dtype):
+    layer = Conv1D(4, 3).to(dtype)  # 3 -> 4
+    store, x, before = TransposedStore(layer), torch.randn(2, 5, 3).to(dtype), layer.weight.detach().clone()
+    assert (store.shape, store.dtype, store.requires_grad) == ((4, 3), dtype, True)
+    assert torch.equal(store.dequantize(), before.T)
+    assert store.dequantize().data_ptr() == layer.weight.data_ptr()  # a view, not a copy
+    assert torch.equal(store.linear(x, layer.bias), layer(x))
+    kept, new = store.keep(), torch.randn(4, 3).to(dtype)
+    store.requantize_(new)
+    assert torch.equal(layer.weight, new.T)
+    assert torch.equal(store.dequantize(), new)
+    assert layer.weight.is_contiguous()
+    store.restore_(kept)
+    assert torch.equal(layer.weight, before)
+
+
 def test_a_module_without_a_store_is_named():
-    assert not has_store(nn.Embedding(2, 2))
-    with pytest.raises(TypeError, match=r"no weight store for Embedding.*register_store"):
-        store_of(nn.Embedding(2, 2))
+    assert not has_store(nn.LayerNorm(2))
+    with pytest.raises(TypeError, match=r"no weight store for LayerNorm.*register_store"):
+        store_of(nn.LayerNorm(2))
 
 
 def test_a_weight_packed_by_another_library_has_no_store():
@@ -67,3 +99,13 @@ def test_the_newest_registration_wins(monkeypatch):
 )
 def test_wide(given, used):
     assert wide(torch.zeros(1, dtype=given)).dtype == used
+
+
+def test_a_class_may_be_known_by_its_full_name():
+    class Deeper(nn.Linear):
+        pass
+
+    assert is_a(Deeper(1, 1), nn.Linear)
+    assert is_a(Deeper(1, 1), "torch.nn.modules.linear.Linear")
+    assert not is_a(nn.LayerNorm(1), "torch.nn.modules.linear.Linear")
+    assert isinstance(store_of(Conv1D(2, 2)), TransposedStore)

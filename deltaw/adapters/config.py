@@ -31,6 +31,9 @@ class PeftType(enum.StrEnum):
     """The methods that deltaw knows, under PEFT's names."""
 
     LORA = "LORA"
+    ADALORA = "ADALORA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
 
 
 class TaskType(enum.StrEnum):
@@ -71,6 +74,11 @@ class PeftConfig:
     unsaved: ClassVar[tuple[str, ...]] = ()
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
+
+    @property
+    def method(self) -> str:
+        """The key of this config's adapters in the registry: ``peft_type``, or a variant of it."""
+        return str(self.peft_type)
 
     def __post_init__(self) -> None:
         if isinstance(self.task_type, str) and self.task_type in TaskType.__members__:

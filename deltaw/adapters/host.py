@@ -5,27 +5,33 @@ A host knows the adapter contract and the weight-store contract, never a method 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.adapters.base import Adapter
 from deltaw.adapters.config import PeftConfig
+from deltaw.adapters.routing import Routable, Run
 from deltaw.errors import AdapterError, MergeError
-from deltaw.weights import WeightStore, store_of, wide
+from deltaw.weights import DenseStore, WeightStore, store_of, wide
 
-__all__ = ["HostLayer", "host_layers"]
+__all__ = ["HostLayer", "adapters_named", "host_layers"]
 
 
-class HostLayer(nn.Module):
+class HostLayer(Routable):
     """Wraps ``base_layer`` in place and holds any number of named adapters.
 
     Attributes follow PEFT's layers: ``base_layer``, ``active_adapters``, ``merged_adapters``,
     ``disable_adapters``, and one dictionary by adapter name for each kind of parameter (``lora_A``,
     ``scaling``, ...).
     """
+
+    #: what a method says it supports: "linear", "embedding", ...
+    kind: ClassVar[str] = ""
+    #: whether its adapters are of the config's method, and not something that trains beside it (rows of tokens)
+    of_method: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -52,7 +58,14 @@ class HostLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
+        return getattr(self.base_layer, "bias", None)
+
+    @classmethod
+    def unfit(cls, module: nn.Module) -> str:
+        """Why a base layer of this host's type cannot carry adapters after all, in words; empty when it can."""
+        if isinstance(store_of(module), DenseStore) and module._parameters.get("weight") is None:
+            return "its weight is computed anew at each forward (weight norm or another parametrization)"
+        return ""
 
     # --- the adapters ---------------------------------------------------------------------------------------
 
@@ -78,8 +91,18 @@ class HostLayer(nn.Module):
         return bool(self.merged_adapters)
 
     def slot(self, name: str, kind: type) -> Any:
-        """The dictionary ``name`` of this host, made on first use (ModuleDict, ParameterDict or dict)."""
-        if not hasattr(self, name):
+        """The dictionary ``name`` of this host, made on first use (ModuleDict, ParameterDict or dict).
+
+        Raises:
+            AdapterError: another method has one of another kind in its place.
+        """
+        held: Any = getattr(self, name, None)
+        if held is not None and len(held) and not isinstance(held, kind):
+            raise AdapterError(
+                f"{name!r} of this layer holds the parameters of {', '.join(map(repr, held))}, of a method that keeps "
+                "them in another form: the two cannot share a layer; delete that adapter first, or target other layers"
+            )
+        if not isinstance(held, kind):
             setattr(self, name, kind())
         return getattr(self, name)
 
@@ -111,6 +134,12 @@ class HostLayer(nn.Module):
         self._adapters.pop(name).remove()
         self._active = [n for n in self._active if n != name]
 
+    def check_active(self, names: Sequence[str]) -> None:
+        """
+        Raises:
+            AdapterError: ``names`` cannot be active together on this layer.
+        """
+
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activates those of ``names`` that this layer has; their parameters train when ``trainable``."""
         self._active = [name for name in names if name in self._adapters]
@@ -120,6 +149,12 @@ class HostLayer(nn.Module):
 
     # PEFT's spelling
     set_adapter = set_active
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether the parameters of ``adapter_names`` train, active or not."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self._adapters[name].parameters() if name in self._adapters else ():
+                parameter.requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches all adapters of this layer on or off; off means the bare base, so merged ones come out
@@ -135,7 +170,13 @@ class HostLayer(nn.Module):
     # --- forward --------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [] if self.merged_adapters else self.active()
+        runs = self.route(x)
+        if runs is not None and len(runs) > 1:
+            return self.mixed(x, runs, *args, **kwargs)
+        if runs is not None:
+            active = [self._adapters[run.name] for run in runs if run.name is not None]
+        else:
+            active = [] if self.merged_adapters else self.active()
         if not active:
             return self.base_layer(x, *args, **kwargs)
         return self.adapted(x, active, *args, **kwargs)
@@ -147,6 +188,26 @@ class HostLayer(nn.Module):
         for adapter in active:
             out = adapter.forward(x, out)
         return out
+
+    def mixed(self, x: Tensor, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward of a batch whose runs of rows go through different adapters, each as if alone, or none; a kind of
+        layer overrides it for one fused step."""
+        out = self.base_layer(x, *args, **kwargs)
+        pieces = [
+            out[run.rows] if run.name is None else self._adapters[run.name].forward(x[run.rows], out[run.rows])
+            for run in runs
+        ]
+        return torch.cat(pieces)
+
+    def routes(self) -> Container[str]:
+        return self._adapters
+
+    def refusal(self) -> str | None:
+        if self._disabled:
+            return "the adapters are disabled: leave disable_adapter() first"
+        if self.merged_adapters:
+            return f"adapters {self.merged_adapters} are merged into the base: call unmerge_adapter() first"
+        return None
 
     # --- merging --------------------------------------------------------------------------------------------
 
@@ -205,7 +266,7 @@ class HostLayer(nn.Module):
                 self.write(*self.merged_tensors(self.merged_adapters))
             raise
         if keep:
-            self._kept = (self.store.keep(), None if self.bias is None else self.bias.detach().clone())
+            self._kept = self._copy()
         self.write(weight, bias)
         self.merged_adapters = list(names)
 
@@ -230,7 +291,8 @@ class HostLayer(nn.Module):
         """Gives the base a copy of its weight, so that modules which share it are not written to."""
         shared: nn.Parameter = self.base_layer.weight  # type: ignore[assignment]
         self.base_layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-        self._shared = shared
+        if self._shared is None:
+            self._shared = shared
 
     def share_again(self) -> None:
         """Undoes :meth:`own_weight`."""
@@ -239,16 +301,34 @@ class HostLayer(nn.Module):
             self._shared = None
 
     @property
-    def untied(self) -> bool:
-        """Whether the base has a copy now of a weight that it shared."""
-        return self._shared is not None
+    def shared(self) -> nn.Parameter | None:
+        """The weight that the base shared with other modules, while it has one of its own."""
+        return self._shared
 
-    def _restore(self) -> None:
-        assert self._kept is not None
-        weight, bias = self._kept
+    def bare_weight(self) -> Tensor:
+        """The base's weight as it is without merged adapters."""
+        if self._kept is None:
+            return self.base_layer.weight  # type: ignore[return-value]
+        merged = self._copy()
+        self._put(self._kept)
+        weight = self.weight.detach().clone()
+        self._put(merged)
+        return weight
+
+    def _copy(self) -> tuple[Any, Tensor | None]:
+        """All that :meth:`_put` needs to bring the base's weight and bias back bitwise."""
+        return self.store.keep(), None if self.bias is None else self.bias.detach().clone()
+
+    @torch.no_grad()
+    def _put(self, copy: tuple[Any, Tensor | None]) -> None:
+        weight, bias = copy
         self.store.restore_(weight)
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
+
+    def _restore(self) -> None:
+        assert self._kept is not None
+        self._put(self._kept)
 
 
 def host_layers(model: nn.Module) -> Iterator[tuple[str, HostLayer]]:
@@ -256,3 +336,8 @@ def host_layers(model: nn.Module) -> Iterator[tuple[str, HostLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, HostLayer):
             yield name, module
+
+
+def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """Layer name -> the adapter of the method on it, for every layer of ``model`` that has one called ``name``."""
+    return {path: h.adapters[name] for path, h in host_layers(model) if name in h.adapters and h.of_method}

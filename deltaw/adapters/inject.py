@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from torch import nn
 from deltaw.adapters.config import PeftConfig
 from deltaw.adapters.host import HostLayer, host_layers
 from deltaw.adapters.hosts import host_type
-from deltaw.adapters.registry import adapter_class
+from deltaw.adapters.registry import adapters_of, tied_adapters_of
 from deltaw.adapters.saved import ModulesToSaveWrapper
 from deltaw.adapters.targets import Targets, resolve
+from deltaw.adapters.tokentargets import place_tokens, token_targets
 from deltaw.errors import AdapterError, ModelError
 from deltaw.modules import set_submodule
 
 __all__ = [
     "carriers",
+    "check_active",
     "check_name",
     "inject",
     "inject_adapter_in_model",
@@ -63,14 +66,17 @@ def inject(
     if any(name in host.adapters for _, host in host_layers(model)):
         raise AdapterError(f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name")
     targets = resolve(model, config, strict=strict)
-    offloaded = [n for n, m in targets.adapted.items() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
+    taken = {**dict.fromkeys(targets.adapted, "target_modules"), **dict.fromkeys(targets.saved, "modules_to_save")}
+    tokens = token_targets(model, config, taken)
+    read = {**targets.adapted, **{path: model.get_submodule(path) for path in tokens.leading}}
+    offloaded = [n for n, m in read.items() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
     if offloaded:
         # the hook brings such a weight in for its layer's own forward only; an adapter would read nothing
         raise ModelError(
             f"cannot put an adapter on {offloaded[0]!r}{f' and {len(offloaded) - 1} more' if offloaded[1:] else ''}: "
             "the layer is offloaded to CPU or disk (device_map); load the model where it fits, or in fewer bits"
         )
-    method = adapter_class(str(config.peft_type))
+    adapters, tied = adapters_of(config), tied_adapters_of(config)
     try:
         for layer_name, module in targets.adapted.items():
             host = module
@@ -81,11 +87,10 @@ def inject(
                 host.train(module.training)
                 set_submodule(model, layer_name, host)
             assert isinstance(host, HostLayer)
-            if low_cpu_mem_usage:
-                with torch.device("meta"):
-                    host.add(method, name, config, layer_name)
-            else:
-                host.add(method, name, config, layer_name)
+            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                if layer_name in targets.tied:
+                    host.slot("tied_to", dict)[name] = model.get_submodule(targets.tied[layer_name])
+                host.add((tied if layer_name in targets.tied else adapters)[host.kind], name, config, layer_name)
         for saved_name, module in targets.saved.items():
             wrapper = module
             if not isinstance(module, ModulesToSaveWrapper):
@@ -93,6 +98,12 @@ def inject(
                 set_submodule(model, saved_name, wrapper)
             assert isinstance(wrapper, ModulesToSaveWrapper)
             wrapper.add(name)
+            if saved_name in targets.tied:
+                source = model.get_submodule(targets.tied[saved_name])
+                assert isinstance(source, ModulesToSaveWrapper)
+                wrapper.share(name, source)
+        with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            place_tokens(model, tokens, name, config)
     except BaseException:
         remove_adapter(model, name)
         raise
@@ -142,9 +153,23 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 set_submodule(model, layer_name, carrier.original_module)
 
 
+def check_active(model: nn.Module, names: Sequence[str]) -> None:
+    """
+    Raises:
+        AdapterError: adapters ``names`` cannot be active together.
+    """
+    for _, carrier in carriers(model):
+        carrier.check_active(names)
+
+
 def set_active(model: nn.Module, names: Sequence[str], configs: dict[str, Any], *, trainable: bool = True) -> None:
     """Activates adapters ``names`` and freezes the others; base biases train with the adapter whose config
-    names them."""
+    names them.
+
+    Raises:
+        AdapterError: some of ``names`` cannot be active together; nothing was changed.
+    """
+    check_active(model, names)
     for _, carrier in carriers(model):
         carrier.set_active(names, trainable)
     for name, config in configs.items():

@@ -1,7 +1,7 @@
 """Which layers a config means: ``target_modules`` and its companions, resolved against a model.
 
-Everything that matches nothing is collected and reported in one error, with the nearest names. Knows nothing
-of methods.
+Everything that matches nothing is collected and reported in one error, with the nearest names. Of a
+method it knows only which kinds of layer it supports.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from torch import nn
 
 from deltaw.adapters.host import HostLayer
 from deltaw.adapters.hosts import host_type
+from deltaw.adapters.registry import adapters_of, tied_adapters_of
 from deltaw.adapters.saved import ModulesToSaveWrapper
+from deltaw.adapters.tying import Ties, find_ties
 from deltaw.errors import TargetError, did_you_mean
 from deltaw.modules import layer_index, matches, split_name
+from deltaw.weights import TransposedStore, store_of
 
 __all__ = ["CUSTOMARY_TARGETS", "Targets", "resolve"]
 
@@ -34,16 +37,27 @@ TASK_HEADS = {
 }
 MOST_FAULTS = 20  # lines of an error; a wrong expression can match hundreds of layers
 
-#: model_type -> the layers adapted when target_modules is not given (PEFT's choices)
-CUSTOMARY_TARGETS: dict[str, list[str]] = {
+#: model_type -> the layers adapted when target_modules is not given: names, or a regular expression (PEFT's choices)
+CUSTOMARY_TARGETS: dict[str, list[str] | str] = {
     model_type: targets
     for model_types, targets in (
         ("bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm", ["q_proj", "v_proj"]),
         ("gemma gemma2 gemma3_text qwen2 qwen3", ["q_proj", "v_proj"]),
-        ("bloom gpt_neox falcon", ["query_key_value"]),
-        ("bert roberta xlm-roberta electra", ["query", "value"]),
+        ("gemma4", r".*language_model\..*\.(q_proj|v_proj)"),
+        ("bloom gpt_neox falcon RefinedWeb RefinedWebModel chatglm", ["query_key_value"]),
+        ("bert roberta xlm-roberta electra layoutlm", ["query", "value"]),
+        ("deberta", ["in_proj"]),
+        ("deberta-v2", ["query_proj", "value_proj"]),
         ("t5 mt5", ["q", "v"]),
+        ("blip-2", ["q", "v", "q_proj", "v_proj"]),
+        ("gpt2 gpt_bigcode", ["c_attn"]),
+        ("btlm", ["c_proj", "c_attn"]),
+        ("codegen", ["qkv_proj"]),
+        ("mpt", ["Wqkv"]),
         ("phi", ["q_proj", "v_proj", "fc1", "fc2"]),
+        ("nemotron_h", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        ("rwkv", ["key", "value", "receptance", "output"]),
+        ("rwkv7", ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"]),
     )
     for model_type in model_types.split()
 }
@@ -57,10 +71,13 @@ class Targets:
     saved: dict[str, nn.Module]
     #: what matched nothing, in words; an error unless the config came from a file
     notes: list[str]
+    #: layer -> the layer before it in ``adapted`` or ``saved`` whose parameters it shares (``ensure_weight_tying``)
+    tied: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
-    """Finds the modules that ``config`` names, and writes the resolved ``target_modules`` back into it.
+    """Finds the modules that ``config`` names, and writes the resolved ``target_modules`` and what follows from the
+    layers found back into it.
 
     Args:
         strict: an entry or pattern that matches nothing is an error; otherwise a note (PEFT writes such
@@ -72,15 +89,18 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
     """
     kind = type(model).__name__
     candidates = _candidates(model)
-    if config.target_modules is None:
-        config.target_modules = _customary(model, kind)
+    customary = config.target_modules is None
+    if customary:
+        config.target_modules = _customary(model, kind, {**CUSTOMARY_TARGETS, **config.customary})
     _train_heads(config, candidates)
+    ties = find_ties(model, config, candidates)
     spec = config.target_modules
     faults: list[str] = []
-    notes: list[str] = []
+    notes: list[str] = [ties.note] if ties.note else []
 
     saved = _saved(candidates, config.modules_to_save or [])
-    barred = tuple(saved)
+    saved.update({name: candidates[name] for name in ties.saved})
+    barred = (*saved, *ties.adapted)
     if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         adapted = _all_linear(model, candidates, config)
         adapted = {name: m for name, m in adapted.items() if not _excluded(name, config, barred)}
@@ -91,7 +111,7 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
         named = {name: m for name, m in candidates.items() if matches(name, spec)}
         wanted = {name: m for name, m in named.items() if not _excluded(name, config, barred)}
         adapted = _only_layers(wanted, config)
-        if not isinstance(spec, str):
+        if not isinstance(spec, str) and not customary:  # some customary names are of one kind of a model only
             lost = [entry for entry in sorted(spec) if not any(matches(name, [entry]) for name in named)]
             adaptable = {split_name(name)[1] for name, m in candidates.items() if host_type(m)}
             for entry in lost:
@@ -106,18 +126,11 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
             )
         if any(isinstance(inner, HostLayer) for inner in module.modules()):
             faults.append(f"modules_to_save matches {name!r}, which carries an adapter already; delete that one first")
-    places: dict[int, str] = {}
-    for name, module in adapted.items():
-        if places.setdefault(id(module), name) != name:
-            faults.append(f"target_modules matches {name!r}, which is the same layer as {places[id(module)]!r}")
-        if host_type(module) is None:
-            faults.append(f"target_modules matches {name!r}, a {type(module).__name__}, which cannot carry an adapter")
-        elif isinstance(model.get_submodule(split_name(name)[0]), nn.MultiheadAttention):
-            # it reads the weight of its projection and never calls it: an adapter there would do nothing
-            faults.append(
-                f"target_modules matches {name!r} inside nn.MultiheadAttention, which never calls it; "
-                "leave it out with exclude_modules"
-            )
+    if adapted:
+        adapted.update({name: candidates[name] for name in ties.adapted})
+        if ties.source not in {"", *adapted, *saved}:
+            faults.append(f"ensure_weight_tying needs {ties.source!r}, which the config leaves out")
+    faults += _unfit(model, config, adapted, ties)
 
     if not adapted:
         everything = {split_name(name)[1] for name, m in candidates.items() if host_type(m)}
@@ -137,7 +150,42 @@ def resolve(model: nn.Module, config: Any, *, strict: bool = True) -> Targets:
         raise TargetError("cannot place the adapter:\n" + "\n".join(lines))
     for note in notes:
         log.warning("%s", note)
-    return Targets(adapted, saved, notes)
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(isinstance(store_of(_base_of(m)), TransposedStore) for m in adapted.values())
+    return Targets(adapted, saved, notes, dict.fromkeys((*ties.adapted, *ties.saved), ties.source))
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, HostLayer) else module
+
+
+def _unfit(model: nn.Module, config: Any, adapted: dict[str, nn.Module], ties: Ties) -> list[str]:
+    """Words on each layer that cannot carry an adapter of this method."""
+    faults = []
+    places: dict[int, str] = {}
+    adapters, tied = adapters_of(config), tied_adapters_of(config)
+    for name, module in adapted.items():
+        words = f"target_modules matches {name!r}, a {type(_base_of(module)).__name__}, "
+        if places.setdefault(id(module), name) != name:
+            faults.append(f"target_modules matches {name!r}, which is the same layer as {places[id(module)]!r}")
+        host = host_type(module)
+        if host is None:
+            faults.append(words + "which cannot carry an adapter")
+        elif not host.of_method:
+            faults.append(words + "whose rows another adapter replaces (trainable_token_indices); delete it first")
+        elif name in ties.adapted and host.kind not in tied:
+            faults.append(f"ensure_weight_tying: {config.method} cannot tie {name!r} to {ties.source!r}")
+        elif host.kind not in adapters:
+            faults.append(words + f"which {config.method} does not support; it adapts {', '.join(adapters)} layers")
+        elif unfit := host.unfit(_base_of(module)):
+            faults.append(words + f"which cannot carry an adapter: {unfit}")
+        elif isinstance(model.get_submodule(split_name(name)[0]), nn.MultiheadAttention):
+            # it reads the weight of its projection and never calls it: an adapter there would do nothing
+            faults.append(
+                f"target_modules matches {name!r} inside nn.MultiheadAttention, which never calls it; "
+                "leave it out with exclude_modules"
+            )
+    return faults
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -157,14 +205,15 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _customary(model: nn.Module, kind: str) -> set[str]:
+def _customary(model: nn.Module, kind: str, choices: dict[str, list[str] | str]) -> set[str] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in CUSTOMARY_TARGETS:
+    if model_type not in choices:
         raise TargetError(
             f"target_modules is not set, and there is no customary choice for {kind} "
             f"(model_type {model_type!r}); set it to a list of layer names or to 'all-linear'"
         )
-    return set(CUSTOMARY_TARGETS[model_type])
+    targets = choices[model_type]
+    return targets if isinstance(targets, str) else set(targets)
 
 
 def _train_heads(config: Any, candidates: dict[str, nn.Module]) -> None:
@@ -203,8 +252,13 @@ def _all_linear(model: nn.Module, candidates: dict[str, nn.Module], config: Any)
     return {
         name: module
         for name, module in candidates.items()
-        if host_type(module, linear=True) and not any(module is head for head in heads)
+        if _is_linear(module) and not any(module is head for head in heads)
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    host = host_type(module)
+    return host is not None and host.kind == "linear"
 
 
 def _excluded(name: str, config: Any, barred: tuple[str, ...]) -> bool:
@@ -248,7 +302,7 @@ def _unmatched_companions(
     """Words on patterns, layer numbers and modules_to_save that matched nothing."""
     notes = []
     ends = {split_name(name)[1] for name in adapted}
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in config.patterns:
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted):
                 notes.append(f"{field} key {key!r} matches no adapted layer{did_you_mean(key, ends) or _listing(ends)}")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli import chat, common, evaluate, generate, merge, train
+from deltaw.cli import chat, common, evaluate, generate, merge, methods, train
 
 __all__ = ["app", "main"]
 
@@ -30,6 +30,7 @@ app.command(name="eval")(common.guarded(evaluate.evaluate))
 app.command(name="generate")(common.guarded(generate.generate))
 app.command(name="chat")(common.guarded(chat.chat))
 app.command(name="merge")(common.guarded(merge.merge))
+app.command(name="methods")(common.guarded(methods.methods))
 
 
 def _version(asked: bool) -> None:

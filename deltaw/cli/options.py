@@ -98,7 +98,7 @@ def config_options() -> list[Any]:
     """One option of typer's for every key, in a panel a group, for help and completion."""
     import typer
 
-    from deltaw.config import RunConfig, group_of
+    from deltaw.config import GROUPS, RunConfig, group_of, keys_of
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -107,7 +107,8 @@ def config_options() -> list[Any]:
     # typer reads a function's signature: write it from the fields
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
-    for key, field in RunConfig.model_fields.items():
+    for key in (key for group in GROUPS for key in keys_of(group)):
+        field = RunConfig.model_fields[key]
         flag, kinds = "--" + key.replace("_", "-"), kinds_of(field.annotation)
         help_text = str(field.description)
         if field.is_required():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.ops.onto import onto
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -109,7 +110,8 @@ class _LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
         fed = rows if keep is None else _drop(rows, keep, p)
         low = fed @ cast(A, dtype).t()  # (n, r)
-        out = _sum_once(rows, cast(store.dequantize(), dtype), low, cast(B * scaling, dtype), bias)  # (n, out)
+        update = low @ cast(B * scaling, dtype).t()  # (n, out)
+        out = onto(update, rows, cast(store.dequantize(), dtype), None if bias is None else cast(bias, dtype))
         ctx.recipe, inputs = kept(x)
         ctx.save_for_backward(A, B, low, keep, *inputs)
         ctx.store, ctx.scaling, ctx.p, ctx.lead = store, scaling, p, x.shape[:-1]
@@ -134,29 +136,13 @@ class _LowRankLinear(torch.autograd.Function):
                 dx = down @ cast(A, dtype)  # (n, in)
                 if keep is not None:
                     dx = _drop(dx, keep, ctx.p)
-                dx.addmm_(grad, cast(ctx.store.dequantize(), dtype))  # in this order, for the reason in _sum_once
+                dx.addmm_(grad, cast(ctx.store.dequantize(), dtype))  # in this order, for the reason in onto
                 dx = dx.view(*ctx.lead, A.shape[1])
         if need_B:
             dB = cast(grad.t() @ low, B.dtype).mul_(ctx.scaling)
         if need_bias:
-            dbias = cast(grad.sum(0, dtype=torch.float32), ctx.bias_dtype)
+            dbias = cast(grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)), ctx.bias_dtype)
         return dx, dA, dB, dbias, None, None, None, None
-
-
-def _sum_once(rows: Tensor, weight: Tensor, low: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-    """rows W^T + low B^T + bias, accumulated in float32 and rounded once.
-
-    The order matters in half precision. An update that is added to the base's rounded output is lost where it is
-    smaller than half a unit in the output's last place, and early in training most of it is. So the small product comes
-    first and the large one is accumulated onto it; with a bias, which would swallow the small product in turn, the two
-    are one product over concatenated factors. With B = 0 all three are bitwise the base's own output.
-    """
-    if bias is not None and rows.dtype in (torch.bfloat16, torch.float16):
-        return F.linear(torch.cat([rows, low], 1), torch.cat([weight, B], 1), cast(bias, rows.dtype))
-    out = low @ B.t()
-    if bias is not None:
-        out += bias
-    return out.addmm_(rows, weight.t())
 
 
 def _drop(rows: Tensor, keep: Tensor, p: float) -> Tensor:

@@ -7,14 +7,17 @@ config and then proven against its own forward, once; a model that does somethin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.adapters.routing import forwarding
 from deltaw.errors import ModelError
 from deltaw.model import PeftModel
 from deltaw.modules import is_checkpointing
@@ -43,9 +46,11 @@ def causal_lm_loss(
     labels: Tensor,
     attention_mask: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    adapter_names: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross entropy of the next token, over the positions whose label is not -100.
+    """Cross entropy of the next token, over the positions whose label is not -100; in training, with what the active
+    adapters add to the loss (AdaLoRA's penalty).
 
     Args:
         model: a causal language model of transformers, or a :class:`~deltaw.PeftModel` of one.
@@ -54,6 +59,7 @@ def causal_lm_loss(
         attention_mask: (b, t), 1 for tokens, 0 for padding; right padding is cheapest, since then no mask is needed.
         num_items_in_batch: supervised tokens in the whole accumulated batch, which the sum is divided by, so that
             accumulating gradients equals the large batch. None: those of this call.
+        adapter_names: one name a row, in place of the active adapters, as in ``PeftModel.forward``.
         kwargs: further arguments of the decoder (``position_ids``, ...).
 
     Returns:
@@ -61,16 +67,23 @@ def causal_lm_loss(
 
     Raises:
         ModelError: the model computes its logits in a way that is not known here (use its own ``forward``).
+        AdapterError: ``adapter_names`` that do not fit, or an adapter on the head, which sees supervised rows only.
     """
     base = _base_of(model)
     head = require_fast_loss(model)
-    if isinstance(model, PeftModel) and kwargs.pop("adapter_names", None) is not None:
-        raise ModelError("causal_lm_loss: batches that mix adapters are not supported yet")
-    if (is_checkpointing(base) and base.training) or torch.compiler.is_compiling():
-        # forward runs again during backward, outside of this call: it must run the same way there
-        return _loss(base, head, input_ids, labels, attention_mask, num_items_in_batch, kwargs)
-    with fast_blocks(base):
-        return _loss(base, head, input_ids, labels, attention_mask, num_items_in_batch, kwargs)
+    with contextlib.ExitStack() as stack:
+        if adapter_names is not None:
+            known = model.peft_config if isinstance(model, PeftModel) else {}
+            stack.enter_context(forwarding(base, adapter_names, known, (), {"input_ids": input_ids}))
+        # under checkpointing forward runs again in backward, outside of this call: it must run the same way there
+        if not (is_checkpointing(base) and base.training) and not torch.compiler.is_compiling():
+            stack.enter_context(fast_blocks(base))
+        loss = _loss(base, head, input_ids, labels, attention_mask, num_items_in_batch, kwargs)
+    if not (isinstance(model, PeftModel) and model.training and model.base_model.steers):
+        return loss
+    # the items of all parts of a batch add up to num_items_in_batch, and so their shares of the penalty to the whole
+    share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
+    return model.base_model.with_penalty(loss, share)
 
 
 def _loss(
@@ -94,7 +107,7 @@ def _loss(
     if plain and not any(p.requires_grad for p in output.parameters()):
         return supervised_cross_entropy(hidden, targets.to(hidden.device), store_of(output), output.bias, **options)
     embeddings: Any = base.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
+    vocabulary = getattr(embeddings, "base_layer", embeddings).weight.shape[0]
     return supervised_cross_entropy_through(hidden, targets.to(hidden.device), output, vocabulary, **options)
 
 

@@ -26,6 +26,7 @@ from deltaw.modules import dtype_of
 from deltaw.train.config import SFTConfig
 from deltaw.train.fast import compile_layers, fast_blocks
 from deltaw.train.loss import causal_lm_loss, require_fast_loss
+from deltaw.train.steering import SteeringCallback, prepare_resume, read_state, restore, save_state
 
 __all__ = ["SFTTrainer"]
 
@@ -92,6 +93,7 @@ class SFTTrainer(Trainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        self.add_callback(SteeringCallback())
         # What transformers reads off the class of a model, it cannot see through a wrapper that is not PEFT's.
         self.label_names = ["labels"] if args.label_names is None else args.label_names
         self.can_return_loss = False
@@ -206,6 +208,11 @@ class SFTTrainer(Trainer):
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             self.processing_class.save_pretrained(folder)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            save_state(self.model, output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self.model if model is None else model
         if not isinstance(whole, PeftModel):
@@ -222,9 +229,13 @@ class SFTTrainer(Trainer):
     @staticmethod
     def _load_adapters(model: PeftModel, folder: str) -> None:
         """The weights of every adapter in a checkpoint, strictly, into the adapters that are in place."""
+        states = read_state(folder)
         for name, config in model.peft_config.items():
             where = Path(folder) if name == "default" else Path(folder) / name
-            checkpoint.load_tensors(model.get_base_model(), name, config, checkpoint.read_tensors(where), str(where))
+            tensors = checkpoint.read_tensors(where)
+            prepare_resume(model, name, where)
+            checkpoint.load_tensors(model.get_base_model(), name, config, tensors, str(where))
+            restore(model, name, states)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids"]

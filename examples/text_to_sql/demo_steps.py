@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback
 
-from deltaw import LoraConfig, PeftModel, SFTConfig, SFTTrainer, load_model, load_tokenizer, merge_report
+from deltaw import LoraConfig, PeftConfig, PeftModel, SFTConfig, SFTTrainer, load_model, load_tokenizer, merge_report
 from deltaw.data import Collator, render_all
 from deltaw.evaluate import Score, generate_batch
 from deltaw.loading import resolve_model
@@ -190,28 +190,30 @@ def train(
     *,
     base: str,
     seed: int,
-    seconds: float,
+    seconds: float | None,
     output: Path,
     stream: Any,
     quiet: bool,
+    adapter: PeftConfig | None = None,
 ) -> Learned:
     """Puts an adapter on ``model`` and trains it.
 
     Args:
         recipe: fields of ``LoraConfig`` and of ``SFTConfig`` together.
         base: the name that the adapter gives to its base.
-        seconds: training ends there, with the adapter as it is then.
+        seconds: training ends there, with the adapter as it is then; None makes all steps, however long they take.
         output: nothing is written there by training itself.
         stream, quiet: of the progress bar.
+        adapter: of any method, in place of the LoRA that the recipe describes.
 
     Raises:
         DeltawError: whatever the trainer finds wrong with the model, the recipe or the rows.
     """
     adapter_fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    adapter = {key: value for key, value in recipe.items() if key in adapter_fields}
+    lora = {key: value for key, value in recipe.items() if key in adapter_fields}
     settings = {key: value for key, value in recipe.items() if key not in adapter_fields}
     settings["warmup_steps"] = min(settings.get("warmup_steps", 0), settings["max_steps"] // 2)
-    clock = WithinTime(seconds)
+    clock = None if seconds is None else WithinTime(seconds)
     progress = TenthLines(stream, quiet=quiet)
     trainer = SFTTrainer(
         model=model,
@@ -225,8 +227,8 @@ def train(
         ),
         train_dataset=list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(**adapter, task_type="CAUSAL_LM", base_model_name_or_path=base),
-        callbacks=[progress, clock],
+        peft_config=adapter or LoraConfig(**lora, task_type="CAUSAL_LM", base_model_name_or_path=base),
+        callbacks=[progress] if clock is None else [progress, clock],
     )
     trainer.remove_callback(PrinterCallback)
     adapted: Any = trainer.model
@@ -247,7 +249,7 @@ def train(
         parameters,
         time.perf_counter() - began,
         int(trainer.state.num_input_tokens_seen),
-        clock.stopped,
+        None if clock is None else clock.stopped,
     )
 
 

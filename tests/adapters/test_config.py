@@ -22,7 +22,6 @@ AWAY = {
     "loftq_config": {"loftq_bits": 4},
     "target_parameters": ["experts.weight"],
     "trainable_token_indices": [3],
-    "use_dora": True,
     "use_qalora": True,
 }
 
@@ -68,8 +67,7 @@ def test_each_unsupported_field_is_refused_by_name(field):
         ({"target_modules": [["q_proj"]]}, "target_modules="),
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'"),
         ({"init_lora_weights": "gausian"}, "init_lora_weights='gausian'.*did you mean 'gaussian'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights='pissa_niter_x'"),
         ({"layers_pattern": "h"}, "layers_pattern is set but layers_to_transform is not"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "needs target_modules as a list"),
     ],
@@ -81,8 +79,8 @@ def test_impossible_values_are_refused_with_a_cure(fields, words):
 
 def test_all_faults_are_in_one_error():
     with pytest.raises(ConfigError) as error:
-        LoraConfig(r=0, lora_dropout=2.0, bias="x", use_dora=True)
-    assert all(f"  - {name}" in str(error.value) for name in ("r=0", "lora_dropout=2.0", "bias='x'", "use_dora=True"))
+        LoraConfig(r=0, lora_dropout=2.0, bias="x", use_qalora=True)
+    assert all(f"  - {name}" in str(error.value) for name in ("r=0", "lora_dropout=2.0", "bias='x'", "use_qalora=True"))
 
 
 @pytest.mark.parametrize("given", [["v", "q"], ("v", "q"), {"q", "v"}])

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from deltaw import LoraConfig
-from deltaw.adapters import Linear, Lora
+from deltaw.adapters import BASE, Linear, Lora
+from deltaw.adapters.routing import Routing, Run, _using
 from deltaw.errors import AdapterError, MergeError
 
 
@@ -59,6 +60,51 @@ def test_only_the_active_ones_train():
     }
     host.set_active(["a", "b"], trainable=False)
     assert not any(p.requires_grad for a in host.adapters.values() for p in a.parameters())
+
+
+def test_gradients_can_be_asked_for_without_activating():
+    host = make(names=("a", "b"))
+    host.set_requires_grad("b")
+    assert all(p.requires_grad for name in "ab" for p in host.adapters[name].parameters())
+    host.set_requires_grad(["a", "not here"], False)
+    assert [p.requires_grad for name in "ab" for p in host.adapters[name].parameters()] == [False, False, True, True]
+    assert host.active_adapters == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_mixed_batch_in_one_step_or_run_by_run(dtype, bias):
+    host, x = make(dtype, names=("a", "b"), bias=bias), torch.randn(5, 3, 6).to(dtype)
+    runs = [Run("b", 0, 1), Run(None, 1, 2), Run("a", 2, 4), Run("b", 4, 5)]
+    fused, apart = host.mixed(x, runs), super(Linear, host).mixed(x, runs)
+    assert torch.allclose(fused, apart, atol=1e-6 if dtype == torch.float32 else 3e-2)
+    assert torch.equal(fused[1], host.base_layer(x)[1])
+    assert torch.equal(apart[1], host.base_layer(x)[1])
+    for run in runs:
+        host.set_active([] if run.name is None else [run.name])
+        assert torch.allclose(fused[run.rows], host(x[run.rows]), atol=1e-6 if dtype == torch.float32 else 3e-2)
+
+
+def test_rows_of_one_name_take_the_same_way_as_without_names():
+    host, x = make(names=("a", "b")), torch.randn(4, 6)
+    expected = {}
+    for names in ([], ["a"], ["b"]):
+        host.set_active(names)
+        expected[(names or [BASE])[0]] = host(x)
+    for name, out in expected.items():
+        with _using(Routing(host, [name] * 4, 4, ())):
+            assert torch.equal(host(x), out)
+    with _using(Routing(host, ["not here"] * 4, 4, ())):
+        assert torch.equal(host(x), expected[BASE])
+
+
+def test_what_keeps_a_mixed_batch_away():
+    host = make()
+    assert host.refusal() is None
+    host.merge(["a"])
+    assert "merged into the base" in str(host.refusal())
+    host.enable_adapters(False)
+    assert "disabled" in str(host.refusal())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -2,16 +2,19 @@
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
-from peer import pair, same_state, state
+from matrix import SMALL
+from peer import close, logits, pair, same_state, state, stir
 from torch import nn
 
 import deltaw
 from deltaw import LoraConfig
 from deltaw.adapters import HostLayer, host_layers, inject, remove_adapter
-from deltaw.adapters.lora import Lora
+from deltaw.adapters.methods.lora import Lora
 from deltaw.errors import AdapterError, ConfigError, ModelError, TargetError
+from deltaw.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,31 @@ def test_parameters_are_named_ordered_and_trainable_as_peft_s(make_llama, fields
     assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
         (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
     ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_injection_without_a_wrapper_is_peft_s_and_the_wrapper_s(llama, make_llama, ids, method):
+    """The same parameters, under the names that they have in the bare model, and the same numbers."""
+    fields = {**SMALL[METHODS[method].config], **METHODS[method].fixes, "target_modules": ["q_proj", "up_proj"]}
+    peer, base = make_llama(), make_llama()
+    torch.manual_seed(3)
+    theirs = peft.inject_adapter_in_model(getattr(peft, METHODS[method].config)(**fields), peer, "a")
+    torch.manual_seed(3)
+    ours = deltaw.inject_adapter_in_model(getattr(deltaw, METHODS[method].config)(**fields), base, "a")
+    assert ours is base
+    peers = list(theirs.named_parameters())
+    assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in peers
+    ]
+    if method in ("pissa", "olora"):  # PEFT takes the start off the base
+        assert close(logits(ours, ids), logits(theirs, ids), 1e-5)
+    else:
+        assert all(torch.equal(a, b) for a, (_, b) in zip(ours.parameters(), peers, strict=True))
+        stir(ours, adapter="a"), stir(theirs, adapter="a")
+        assert close(logits(ours, ids), logits(theirs, ids), 2e-6)
+    torch.manual_seed(3)
+    wrapped = deltaw.get_peft_model(llama, getattr(deltaw, METHODS[method].config)(**fields), "a")
+    assert [n for n, _ in wrapped.get_base_model().named_parameters()] == [n for n, _ in peers]
 
 
 def test_any_module_will_do_and_comes_back_itself():
@@ -156,8 +184,6 @@ def test_meta_device_on_request():
 
 
 def test_a_config_of_peft_is_refused_with_the_cure(llama):
-    import peft
-
     with pytest.raises(ConfigError, match=r"peft_config is a peft\..*LoraConfig; use deltaw's own, deltaw.LoraConfig"):
         deltaw.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"]))
 
@@ -175,3 +201,26 @@ def test_an_offloaded_layer_is_refused_by_name(llama):
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*offloaded"):
         deltaw.get_peft_model(llama, LoraConfig(target_modules="all-linear"))
     assert not list(host_layers(llama))
+
+
+def test_adapters_that_cannot_be_active_together_are_refused_before_anything_changes(llama):
+    """The layers before the one that objects would be switched over already."""
+    model = deltaw.get_peft_model(llama, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.merge_adapter()
+    before, flags = state(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AdapterError, match="only one can be active"):
+        model.set_adapter(["b", "default"])
+    assert same_state(model, before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert {tuple(host.active_adapters) for _, host in host_layers(model)} == {("default",)}
+    assert {tuple(host.merged_adapters) for _, host in host_layers(model)} == {("default",)}
+
+
+def test_the_prefix_is_that_of_the_method_that_is_left(llama):
+    """TRL and others ask for it; a refused adapter must not leave its own."""
+    model = deltaw.get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("b", deltaw.LoHaConfig(target_modules=["q_proj"]))
+    assert model.base_model.prefix == "hada_"
+    model.delete_adapter("b")
+    assert model.base_model.prefix == "lora_"

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from peer import close, gradients, logits, stir
+from peer import close, gradients, logits, same_state, state, stir
 from torch import nn
 
 import deltaw
 from deltaw import LoraConfig, PeftModel
-from deltaw.adapters import ModulesToSaveWrapper
+from deltaw.adapters import BASE, ModulesToSaveWrapper
 from deltaw.errors import AdapterError
 
 CONFIG = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "model.norm"]}
@@ -104,3 +104,95 @@ def test_copies_share_nothing(llama):
         128,
         32,
     )  # asked of the wrapper, answered by the copy
+
+
+# --- batches that mix adapters ------------------------------------------------------------------------------------
+
+NAMES = ["default", "b", BASE, "default", "plain"]
+
+
+def three(base) -> PeftModel:
+    """``default`` and ``b`` have copies of their own, ``plain`` has none."""
+    model = stir(deltaw.get_peft_model(base, LoraConfig(**CONFIG)))
+    model.add_adapter("b", LoraConfig(**{**CONFIG, "r": 2}))
+    model.add_adapter("plain", LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    return stir(model, adapter="b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_goes_through_its_adapter_s_copy(make_llama, dtype):
+    model = three(make_llama(dtype))
+    ids = torch.randint(3, 128, (5, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = model(input_ids=ids, adapter_names=NAMES).logits.float()
+    assert torch.equal(out[2], logits(make_llama(dtype), ids)[2])
+    for row, name in enumerate(NAMES):
+        if name != BASE:
+            model.set_adapter(name)
+            assert close(out[row], logits(model, ids[row : row + 1])[0], 1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_gradients_reach_each_copy_from_its_own_rows(make_llama):
+    model = three(make_llama(torch.float64)).train()
+    ids = torch.randint(3, 128, (5, 6), generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(5, 6, 128, dtype=torch.float64)
+    for row, name in enumerate(NAMES):
+        if name != BASE:
+            model.set_adapter(name)
+            (model(input_ids=ids[row : row + 1]).logits * weight[row]).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.set_requires_grad(["default", "b", "plain"])
+    (model(input_ids=ids, adapter_names=NAMES).logits * weight).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert sum("modules_to_save" in name for name in found) == 6
+    assert all(close(found[name], expected[name], 1e-9) for name in found)
+
+
+def test_a_copy_that_gives_no_row_for_a_row_is_refused_by_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.pool = nn.Linear(3, 3), nn.GRU(3, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.pool(self.layer(x))[0]
+
+    model = deltaw.get_peft_model(Net(), LoraConfig(target_modules=["layer"], modules_to_save=["pool"]))
+    model.add_adapter("b", LoraConfig(target_modules=["layer"]))
+    x = torch.randn(2, 4, 3)
+    before = state(model)
+    model(x, adapter_names=["default", "default"])
+    with pytest.raises(AdapterError, match=r"GRU \(modules_to_save\) does not give one tensor with a row"):
+        model(x, adapter_names=["default", "b"])
+    assert same_state(model, before)
+
+
+def test_arguments_are_cut_along_with_their_rows():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x, by, shift=None, *, factor=1.0):
+            return x * self.weight * by * factor + shift
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 3), Scale()
+
+        def forward(self, x, by, shift):
+            return self.scale(self.layer(x), by, shift=shift, factor=2.0)
+
+    config = LoraConfig(target_modules=["layer"], modules_to_save=["scale"])
+    model = stir(deltaw.get_peft_model(Net(), config))
+    model.add_adapter("b", config)
+    stir(model, adapter="b")
+    x, by, shift = torch.randn(3, 2, 3), torch.randn(3, 1, 1), torch.randn(1, 1, 3)
+    names = ["default", BASE, "b"]
+    out = model(x, by, shift, adapter_names=names)
+    for row, name in enumerate(names):
+        one = slice(row, row + 1)
+        assert torch.allclose(out[one], model(x[one], by[one], shift, adapter_names=[name]), atol=1e-6)

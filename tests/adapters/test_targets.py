@@ -1,6 +1,7 @@
 """Which layers a config means: PEFT's choice, and errors that name the nearest layer."""
 
 import logging
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -8,7 +9,14 @@ import torch
 from architectures import ARCHITECTURES, build
 from peer import adapted
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import deltaw
 from deltaw import LoraConfig
@@ -16,6 +24,12 @@ from deltaw.adapters.targets import CUSTOMARY_TARGETS, resolve
 from deltaw.errors import TargetError
 
 LAYERS = ["q_proj", "v_proj"]
+GPT2_CONFIG = GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=16, bos_token_id=1, eos_token_id=2)
+BERT_CONFIG = BertConfig(
+    vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, pad_token_id=0
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 
 def chosen(model, **fields):
@@ -59,7 +73,34 @@ def test_the_same_layers_as_peft_in_each_architecture(name, targets):
 
 def test_customary_targets_are_peft_s():
     theirs = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    assert {name: theirs[name] for name in CUSTOMARY_TARGETS} == CUSTOMARY_TARGETS
+    assert theirs == CUSTOMARY_TARGETS
+
+
+def test_customary_names_of_another_kind_of_the_same_model_are_no_error():
+    """BLIP-2 has a T5 or an OPT inside, and the customary layers of both."""
+    net = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "v_proj": nn.Linear(2, 2), "fc": nn.Linear(2, 2)})
+    net.config = SimpleNamespace(model_type="blip-2")
+    config = LoraConfig()
+    assert set(resolve(net, config).adapted) == {"q_proj", "v_proj"}
+    assert config.target_modules == {"q", "v", "q_proj", "v_proj"}
+    net.config = SimpleNamespace(model_type="gemma4")
+    net["language_model"] = nn.ModuleDict({"layer": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})})
+    nested = nn.ModuleDict({"model": net})
+    nested.config = net.config
+    assert chosen(nested, target_modules=None) == {"model.language_model.layer.q_proj"}
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["wte", "c_fc"], ["word_embeddings", "query"]])
+@pytest.mark.parametrize(
+    ("model", "config", "task"),
+    [(GPT2LMHeadModel, GPT2_CONFIG, "CAUSAL_LM"), (BertForSequenceClassification, BERT_CONFIG, "SEQ_CLS")],
+)
+def test_layers_of_other_kinds_are_chosen_as_peft_chooses_them(model, config, task, targets):
+    if isinstance(targets, list) and ("wte" in targets) != (task == "CAUSAL_LM"):
+        pytest.skip("names of the other model")
+    fields = {"target_modules": targets, "task_type": task}
+    theirs = peft.get_peft_model(model(config), peft.LoraConfig(**fields))
+    assert adapted(deltaw.get_peft_model(model(config), LoraConfig(**fields))) == adapted(theirs)
 
 
 def test_the_choice_is_written_back_as_the_shortest_names(llama):
@@ -96,7 +137,7 @@ def test_the_choice_is_written_back_as_the_shortest_names(llama):
             {"target_modules": LAYERS, "modules_to_save": ["lm_hed"]},
             "modules_to_save entry 'lm_hed'.*'lm_head'",
         ),
-        ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens', a Embedding, which cannot carry"),
+        ({"target_modules": ["norm"]}, "'model.norm', a LlamaRMSNorm, which cannot carry"),
         ({"target_modules": ["self_attn"]}, "self_attn', a LlamaAttention, which cannot carry"),
     ],
     ids=str,

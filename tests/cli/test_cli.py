@@ -12,7 +12,7 @@ from tinychat import save_tiny, write_rows
 
 import deltaw.cli.common as common
 from deltaw.cli import main
-from deltaw.config import RunConfig
+from deltaw.config import GROUPS, RunConfig
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         if took[-1] < 0.5:
             break
     assert "heavy: None" in out
-    for verb in ("train", "eval", "generate", "chat", "merge"):
+    for verb in ("train", "eval", "generate", "chat", "merge", "methods"):
         assert f" {verb} " in out
     assert min(took) < 0.5
 
@@ -61,8 +61,8 @@ def test_train_help_shows_every_key_without_torch(deltaw):
     assert code == 0
     for key in RunConfig.model_fields:
         assert f"--{key.replace('_', '-')}" in out
-    for panel in ("Model", "Data", "Adapter", "Training", "Evaluation", "Saving and logging"):
-        assert f"─ {panel} ─" in out
+    places = [out.index(f"─ {panel} ─") for panel in GROUPS]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("verb", ["eval", "generate", "chat", "merge"])

@@ -18,8 +18,8 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from deltaw import LoraConfig, causal_lm_loss, get_peft_model
-from deltaw.errors import ModelError
+from deltaw import AdaLoraConfig, LoraConfig, causal_lm_loss, get_peft_model
+from deltaw.errors import AdapterError, ModelError
 from deltaw.train.loss import require_fast_loss
 
 SMALL: dict[str, Any] = {
@@ -174,3 +174,47 @@ def test_nothing_supervised_is_zero_not_nan(llama: Any) -> None:
     data = batch()
     data["labels"].fill_(-100)
     assert causal_lm_loss(adapted(llama), **data).item() == 0.0
+
+
+def adalora(model: Any) -> Any:
+    torch.manual_seed(1)
+    config = AdaLoraConfig(init_r=4, target_r=2, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config).train()
+
+
+@pytest.mark.parametrize("count", [None, 7, torch.tensor(31)])
+def test_a_penalty_is_part_of_the_loss_in_training_alone(llama: Any, count: Any) -> None:
+    model = adalora(llama)
+    kwargs: dict[str, Any] = {} if count is None else {"num_items_in_batch": count}
+    assert_same(model, batch(), **kwargs)  # the wrapper's own forward adds it too
+    plain = causal_lm_loss(model.get_base_model(), **batch(), **kwargs)
+    share = 1.0 if count is None else (batch()["labels"][:, 1:] != -100).sum() / count
+    added = causal_lm_loss(model, **batch(), **kwargs) - plain
+    assert added.item() == pytest.approx((model.base_model.penalty() * share).item(), rel=1e-4)
+    assert torch.equal(causal_lm_loss(model.eval(), **batch(), **kwargs), plain)
+
+
+def test_micro_batches_hold_the_penalty_once(llama: Any) -> None:
+    model, data = adalora(llama), batch()
+    count = (data["labels"][:, 1:] != -100).sum()
+    whole = gradients(model, causal_lm_loss(model, **data))
+    parts = [
+        gradients(model, causal_lm_loss(model, **{k: v[i : i + 1] for k, v in data.items()}, num_items_in_batch=count))
+        for i in range(3)
+    ]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, sum(part[name] for part in parts), rtol=1e-4, atol=1e-7)
+
+
+def test_a_mixed_batch_has_the_loss_of_the_wrapper_s_own_forward(llama: Any) -> None:
+    model, names = adapted(llama), ["default", "b", "__base__"]
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_requires_grad(["default", "b"])
+    ours = causal_lm_loss(model, **batch(), adapter_names=names)
+    theirs = model(**batch(), adapter_names=names).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    expected = gradients(model, theirs)
+    for name, gradient in gradients(model, ours).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(AdapterError, match="no adapter"):
+        causal_lm_loss(model, **batch(), adapter_names=["c", "b", "default"])

@@ -62,7 +62,7 @@ def test_the_start_is_the_base_bitwise(make_llama, ids, dtype, fields):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("init", [True, "gaussian", False])
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", False])
 @pytest.mark.parametrize("cast", [True, False])
 def test_one_seed_gives_peft_s_adapter(make_llama, dtype, init, cast):
     import peft
