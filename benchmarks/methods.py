@@ -58,7 +58,7 @@ METHODS = {
     "lokr": Contest("LoKrConfig", {"r": 16, "alpha": 32}, 1.20, 2.05),
     "loha": Contest("LoHaConfig", {"r": 8, "alpha": 16}, 1.50, 2.30),
     # a randomized SVD, so that starting takes seconds; the step is that of any PiSSA
-    "pissa": Contest("LoraConfig", {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"}, 1.00, None),
+    "pissa": Contest("LoraConfig", {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"}, None, None),
 }
 
 

@@ -1,11 +1,10 @@
 """A batch of eight rows through eight adapters beside the same batch through one: what mixing costs.
 
-    python benchmarks/mixed.py [--dtype bf16|fp32] [--rounds 7] [--adapters 8] [--loss]
+    python benchmarks/mixed.py [--dtype bf16|fp32] [--rounds 7] [--adapters 8] [--supervised 0.3]
 
 All contestants have the same weights, adapters (one seed) and tokens, and take turns in one process. A step is forward
-and backward through all layers; the head sees one token a row, so that its cost, which is the same for all, hides
-nothing (``--loss``: the model's own loss instead, as a user's step would be). Forward alone is timed beside it, where
-PEFT mixes too.
+and backward with the fast loss over the share of tokens that is supervised. Forward alone is timed beside it, without a
+head but for one token a row, where PEFT mixes too.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch
 from common import in_turns, machine, spread, table
-from torch import Tensor
 
 from deltaw import load_model
 from deltaw.adapters import BASE
@@ -56,16 +54,14 @@ def contestants(args: argparse.Namespace) -> tuple[dict[str, Callable[[], float]
     one_each = [f"task{row * args.adapters // ROWS}" for row in range(ROWS)]
     turns = [f"task{row % args.adapters}" for row in range(ROWS)]
 
-    def result(model: Any, **names: Any) -> Tensor:
-        if args.loss:
-            return model(input_ids=ids, labels=ids, **names).loss
-        return model(input_ids=ids, logits_to_keep=1, **names).logits.float().square().mean()
+    labels = ids.clone()
+    labels[torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) >= args.supervised] = -100
 
     def step(model: Any, **names: Any) -> Callable[[], float]:
         def run() -> float:
             for parameter in model.parameters():
                 parameter.grad = None
-            loss = result(model, **names)
+            loss = deltaw.causal_lm_loss(model, input_ids=ids, labels=labels, **names)
             loss.backward()
             return float(loss.detach())
 
@@ -74,7 +70,8 @@ def contestants(args: argparse.Namespace) -> tuple[dict[str, Callable[[], float]
     def forward(model: Any, **names: Any) -> Callable[[], float]:
         def run() -> float:
             with torch.no_grad():
-                return float(result(model, **names))
+                logits = model(input_ids=ids, logits_to_keep=1, **names).logits
+                return float(logits.float().square().mean())
 
         return run
 
@@ -116,7 +113,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--adapters", type=int, default=8, choices=(2, 4, 8))
-    parser.add_argument("--loss", action="store_true", help="the model's own loss, with logits for every token")
+    parser.add_argument("--supervised", type=float, default=0.3, help="share of tokens with a loss (%(default)s)")
     args = parser.parse_args()
     steps, forwards = contestants(args)
     print(f"\nSmolLM2-135M, {args.dtype}, rank 16 on all linear layers, batch {ROWS} x {LENGTH}; {args.rounds} rounds")

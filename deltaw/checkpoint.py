@@ -32,6 +32,7 @@ from deltaw.adapters.config import find_file
 from deltaw.adapters.inject import carriers
 from deltaw.errors import CheckpointError, did_you_mean
 from deltaw.modules import name_of, split_name
+from deltaw.weights import is_finite
 
 __all__ = ["WEIGHTS_NAME", "adapter_tensors", "load_tensors", "read_tensors", "save_adapter"]
 
@@ -231,7 +232,7 @@ def load_tensors(model: nn.Module, name: str, config: PeftConfig, tensors: dict[
             faults.append(f"shape of {key}: {tuple(tensor.shape)} in the file, {tuple(places[key].shape)} in the model")
         elif tensor.is_floating_point() != places[key].is_floating_point():
             faults.append(f"dtype of {key}: {tensor.dtype} in the file, {places[key].dtype} in the model")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        elif tensor.is_floating_point() and not is_finite(tensor):
             faults.append(f"not finite: {key} holds NaN or infinity")
         elif not torch.equal(tensor, tensors.get(first[id(places[key])], tensor)):
             faults.append(

@@ -18,6 +18,7 @@ from deltaw.adapters import HostLayer, ModulesToSaveWrapper, host_layers
 from deltaw.adapters.inject import carriers
 from deltaw.errors import MergeError, did_you_mean
 from deltaw.modules import dtype_of, name_of, set_submodule, weight_owners
+from deltaw.weights import is_finite
 
 __all__ = ["MergeReport", "merge_adapters", "merge_report", "unload", "unmerge_adapters"]
 
@@ -35,8 +36,9 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
             unchanged.
     """
     names = list(names)
-    hosts = [(path, host) for path, host in host_layers(model) if any(name in host.adapters for name in names)]
-    _check_names(model, names)
+    everywhere = list(host_layers(model))
+    _check_names([host for _, host in everywhere], names)
+    hosts = [(path, host) for path, host in everywhere if any(name in host.adapters for name in names)]
     if keep and any(host.disable_adapters for _, host in hosts):
         raise MergeError("adapters are disabled now; merge outside disable_adapter(), or enable_adapter_layers() first")
     _check_finite(hosts, names, every_sum=not keep)
@@ -60,8 +62,8 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
             done.append(host)
     finally:
         _tie_again(hosts)
-    owners = weight_owners(model)
-    for path, host in hosts:
+    owners = weight_owners(model) if tied else {}
+    for path, host in hosts if tied else ():
         left = [other for other in tied.get(path, ()) if other not in owners[host.base_layer.weight]]  # type: ignore[index]
         if left:
             log.warning("%s was tied to %s; merging gave it weights of its own", path, ", ".join(left))
@@ -78,14 +80,14 @@ def _tie_again(hosts: Sequence[tuple[str, HostLayer]]) -> None:
             host.base_layer.weight = leader.base_layer.weight
 
 
-def _check_names(model: nn.Module, names: list[str]) -> None:
-    known = {name for _, host in host_layers(model) for name in host.adapters}
+def _check_names(hosts: Sequence[HostLayer], names: list[str]) -> None:
+    known = {name for host in hosts for name in host.adapters}
     if not names:
         raise MergeError("no adapter is active, so there is nothing to merge; activate or name one")
     for name in names:
         if name not in known:
             raise MergeError(f"no adapter {name!r} to merge; there are {sorted(known)}{did_you_mean(name, known)}")
-    merged = {name for _, host in host_layers(model) for name in host.merged_adapters}
+    merged = {name for host in hosts for name in host.merged_adapters}
     twice = sorted({name for name in names if name in merged or names.count(name) > 1})
     if twice:
         raise MergeError(
@@ -100,7 +102,7 @@ def _check_finite(hosts: list[tuple[str, HostLayer]], names: list[str], *, every
         f"{path} ({name})"
         for path, host in hosts
         for name in names
-        if name in host.adapters and not all(bool(torch.isfinite(p).all()) for p in host.adapters[name].parameters())
+        if name in host.adapters and not all(is_finite(p) for p in host.adapters[name].parameters())
     ]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
@@ -116,7 +118,7 @@ def _check_finite(hosts: list[tuple[str, HostLayer]], names: list[str], *, every
 def _sharers(owners: dict[nn.Parameter, list[str]], path: str, host: HostLayer) -> list[str]:
     """The other places where the weight of ``host``'s base is registered."""
     weight = getattr(host.base_layer, "weight", None)
-    if not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter) or len(owners.get(weight, ())) < 2:
         return []
     return [owner for owner in owners.get(weight, []) if owner != f"{path}.{name_of(host, host.base_layer)}.weight"]
 

@@ -7,6 +7,7 @@ store and one :func:`register_store` line. Knows nothing of adapters.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ __all__ = [
     "WeightStore",
     "has_store",
     "is_a",
+    "is_finite",
+    "only_multiplies",
     "register_store",
     "store_of",
     "wide",
@@ -31,6 +34,13 @@ __all__ = [
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or in float64 if that is what it is: the precision in which updates are added up."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, found through the extremes: 20 times faster on a CPU than asking each."""
+    if not tensor.numel():
+        return True
+    return all(math.isfinite(extreme) for extreme in tensor.detach().aminmax())
 
 
 class WeightStore(ABC):
@@ -161,6 +171,14 @@ def has_store(module: nn.Module) -> bool:
     store = next((make(module) for kind, make in _STORES if is_a(module, kind)), None)
     # a layer whose weight is packed bytes comes from a library that has no store here
     return store is not None and store.dtype.is_floating_point
+
+
+def only_multiplies(module: nn.Module) -> bool:
+    """Whether ``module`` runs the forward of the class that its store is for, and so does what the store does; a
+    subclass may do more than that."""
+    kind = next((kind for kind, _ in _STORES if is_a(module, kind)), None)
+    own = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return own is kind or f"{own.__module__}.{own.__qualname__}" == kind
 
 
 def store_of(module: nn.Module) -> WeightStore:

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaw.weights import DenseStore, TransposedStore, has_store, is_a, register_store, store_of, wide
+from deltaw.weights import DenseStore, TransposedStore, has_store, is_a, is_finite, register_store, store_of, wide
 
 
 def test_a_dense_store_is_a_handle_not_a_copy():
@@ -109,3 +111,14 @@ def test_a_class_may_be_known_by_its_full_name():
     assert is_a(Deeper(1, 1), "torch.nn.modules.linear.Linear")
     assert not is_a(nn.LayerNorm(1), "torch.nn.modules.linear.Linear")
     assert isinstance(store_of(Conv1D(2, 2)), TransposedStore)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+def test_one_bad_number_is_found_among_many(dtype: torch.dtype, bad: float | None) -> None:
+    for size in (1, 7, 1000):
+        values = torch.randn(size).to(dtype)
+        if bad is not None:
+            values[size // 2] = bad
+        assert is_finite(values) == (bad is None)
+    assert is_finite(torch.empty(0, dtype=dtype))

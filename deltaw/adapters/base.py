@@ -63,8 +63,13 @@ class Adapter(ABC):
         return self.forward(x, store.linear(x, bias))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """float32 weight with this adapter folded in: W + ΔW (LoRA paper, section 4.1)."""
-        return weight + self.delta_weight()
+        """``weight``, of any floating dtype, with this adapter folded in, in float32 or wider: W + ΔW (LoRA paper,
+        section 4.1). ``weight`` itself is left as it is."""
+        delta = self.delta_weight()
+        if delta.requires_grad or delta.dtype != torch.promote_types(delta.dtype, weight.dtype):
+            return weight + delta
+        # in the memory of ΔW, which is this call's own: over a whole model new memory costs more than the sum
+        return delta.add_(weight)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """float32 bias with this adapter folded in; unchanged unless the method trains a bias of its own."""

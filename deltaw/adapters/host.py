@@ -15,7 +15,7 @@ from deltaw.adapters.base import Adapter
 from deltaw.adapters.config import PeftConfig
 from deltaw.adapters.routing import Routable, Run
 from deltaw.errors import AdapterError, MergeError
-from deltaw.weights import DenseStore, WeightStore, store_of, wide
+from deltaw.weights import DenseStore, WeightStore, is_finite, store_of, wide
 
 __all__ = ["HostLayer", "adapters_named", "host_layers"]
 
@@ -219,7 +219,7 @@ class HostLayer(Routable):
             MergeError: an adapter of a kind that has no ΔW, or a result that is not finite.
         """
         store = self.store
-        weight = wide(store.dequantize().detach())
+        weight = store.dequantize().detach()
         bias = None if self.bias is None else wide(self.bias.detach())
         for name in names:
             adapter = self._adapters[name]
@@ -229,7 +229,7 @@ class HostLayer(Routable):
             bias = adapter.merged_bias(bias)
         weight = weight.to(store.dtype)
         bias = None if bias is None or self.bias is None else bias.to(self.bias.dtype)
-        if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+        if not (is_finite(weight) and (bias is None or is_finite(bias))):
             raise MergeError(f"merging {list(names)} gives weights that are not finite; the base was left as it was")
         return weight, bias
 

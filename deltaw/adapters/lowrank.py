@@ -52,7 +52,7 @@ class LowRank(Adapter):
 
     def delta_weight(self) -> Tensor:
         f = self.factors()
-        return (wide(f.B) @ wide(f.A)) * f.scaling  # (out, r) @ (r, in)
+        return (wide(f.B) @ wide(f.A)).mul_(f.scaling)  # (out, r) @ (r, in)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         own, scaling = self.factors().bias, self.factors().scaling

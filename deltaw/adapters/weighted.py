@@ -25,6 +25,7 @@ from deltaw.adapters.saved import ModulesToSaveWrapper
 from deltaw.adapters.targets import resolve
 from deltaw.adapters.tokens import TokenHost
 from deltaw.errors import AdapterError, TargetError, did_you_mean
+from deltaw.weights import is_finite
 
 __all__ = ["combined_config", "fill_combined"]
 
@@ -224,7 +225,7 @@ def fill_combined(model: nn.Module, request: Request) -> None:
     for path, sources in _layers(model, request).items():
         new_A, new_B = targets[path].parameters()  # (R, in), (out, R)
         A, B = request.combination.level(sources, new_A.shape[0], request)  # (r, in), (out, r)
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        if not (is_finite(A) and is_finite(B)):
             raise AdapterError(f"the combination is not finite on {path!r}; look for NaN in {list(request.adapters)}")
         groups, r = sources[0].groups, B.shape[1]
         new_A.zero_().unflatten(0, (groups, -1))[:, :r] = A.unflatten(0, (groups, -1))

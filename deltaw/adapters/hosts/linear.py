@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.adapters.base import Adapter
 from deltaw.adapters.host import HostLayer
 from deltaw.adapters.lowrank import LowRank
 from deltaw.adapters.routing import Run
 from deltaw.ops import Update, mixed_linear
+from deltaw.weights import only_multiplies
 
 __all__ = ["Linear"]
 
@@ -20,6 +21,10 @@ class Linear(HostLayer):
     """Hosts adapters on a linear layer, whatever its weight store: x (..., in) -> (..., out)."""
 
     kind = "linear"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self._fused = only_multiplies(base_layer)
 
     @property
     def in_features(self) -> int:
@@ -30,6 +35,8 @@ class Linear(HostLayer):
         return self.store.shape[0]
 
     def adapted(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._fused:
+            return super().adapted(x, active, *args, **kwargs)
         first, *rest = active
         out = first.linear(x, self.store, self.bias)
         for adapter in rest:
@@ -41,7 +48,7 @@ class Linear(HostLayer):
         for name in {run.name: None for run in runs if run.name is not None}:
             adapter = self.adapters[name]
             factors = adapter.factors() if isinstance(adapter, LowRank) and adapter.plain else None
-            if factors is None or factors.bias is not None:
+            if factors is None or factors.bias is not None or not self._fused:
                 return super().mixed(x, runs, *args, **kwargs)
             updates[name] = Update(factors.A, factors.B, factors.scaling, factors.dropout)
         place = {name: index for index, name in enumerate(updates)}

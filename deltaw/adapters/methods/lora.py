@@ -225,7 +225,7 @@ class Lora(LowRank):
         if self.start is not None:
             A, B = self.start.A.to(self.lora_A.dtype), self.start.B.to(self.lora_B.dtype)
             update -= wide(B) @ wide(A)
-        return update * self.scaling
+        return update.mul_(self.scaling)
 
     # --- files ----------------------------------------------------------------------------------------------
 

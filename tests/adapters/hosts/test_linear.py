@@ -157,3 +157,27 @@ def test_all_linear_means_conv1d_and_not_the_head():
     ours, theirs = pair(gpt2, **fields)
     assert adapted(ours) == adapted(theirs)
     assert ours.peft_config["default"].target_modules == {"c_attn", "c_proj", "c_fc"}
+
+
+class Doubling(nn.Linear):
+    """A linear layer that does more than multiply."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+def test_a_subclass_with_a_forward_of_its_own_keeps_it(fields):
+    torch.manual_seed(0)
+    layer, x = Doubling(5, 3), torch.randn(4, 5)
+    net = nn.Sequential(layer)
+    before = net(x)
+    model = deltaw.get_peft_model(net, LoraConfig(r=2, target_modules=["0"], **fields))
+    torch.testing.assert_close(model(x), before)
+    if not fields:
+        stir(model)
+        update = model.base_model.model[0].adapters["default"].delta_weight()
+        torch.testing.assert_close(model(x), before + x @ update.t())
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+        mixed = model(x, adapter_names=["default", "__base__", "b", "b"])
+        torch.testing.assert_close(mixed[1:], before[1:])
