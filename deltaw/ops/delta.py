@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.ops.lowrank import cast
-from deltaw.ops.onto import is_wide, onto
+from deltaw.ops.casting import autocast, bias_gradient, cast, is_wide
+from deltaw.ops.onto import onto
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -56,8 +56,7 @@ def delta_linear(x: Tensor, store: WeightStore, bias: Tensor | None, make: Make,
     Raises:
         RuntimeError: a second derivative is asked for (``create_graph=True``).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     if torch.compiler.is_compiling() or store.requires_grad:
         base = F.linear(x, cast(store.dequantize(), x.dtype), None if bias is None else cast(bias, x.dtype))
         return base + F.linear(x, cast(remade(make, *parameters), x.dtype))
@@ -113,7 +112,7 @@ class _DeltaLinear(torch.autograd.Function):
             rows = made_again(ctx.recipe, inputs).reshape(-1, delta.shape[1])
             pulled = _pull(delta, again, cast(grad.t() @ rows, delta.dtype))
         if need_bias:
-            dbias = cast(grad.sum(0, dtype=torch.promote_types(ctx.dtype, torch.float32)), ctx.bias_dtype)
+            dbias = bias_gradient(grad, ctx.bias_dtype)
         return dx, dbias, None, None, *pulled
 
 

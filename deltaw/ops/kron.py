@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.ops.casting import autocast, bias_gradient, cast
 from deltaw.ops.delta import remade
-from deltaw.ops.lowrank import cast
 from deltaw.ops.onto import onto
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
@@ -55,7 +55,7 @@ def kron_linear(
     Raises:
         RuntimeError: a second derivative is asked for (``create_graph=True``).
     """
-    x = _autocast(x)
+    x = autocast(x)
     # for the reasons in lowrank_linear
     if torch.compiler.is_compiling() or store.requires_grad:
         return kron_linear_reference(x, store, bias, w1, w2, scaling, row_scale=row_scale)
@@ -65,7 +65,7 @@ def kron_linear(
 
 def kron_product(x: Tensor, w1: Tensor, w2: Second, scaling: float, *, row_scale: Tensor | None = None) -> Tensor:
     """scaling x (w1 ⊗ w2)^T, the update alone; for the arguments see :func:`kron_linear`."""
-    x = _autocast(x)
+    x = autocast(x)
     if torch.compiler.is_compiling():
         return _formula(x, w1, w2, scaling, row_scale)
     first, last = _split(w1, w2)
@@ -93,11 +93,6 @@ def _formula(x: Tensor, w1: Tensor, w2: Second, scaling: float, row_scale: Tenso
     mixed = torch.einsum("lm,...mn->...ln", (w1 * scaling).to(x.dtype), X)
     update = F.linear(mixed, whole.to(x.dtype)).flatten(-2)  # (..., l k)
     return update if row_scale is None else update * row_scale.to(x.dtype)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 # --- the order of the products ----------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ class _KronLinear(torch.autograd.Function):
                 dx = dx.addmm_(grad, cast(ctx.store.dequantize(), dtype))  # in this order, for the reason in onto
             dx = dx.reshape(*ctx.lead, dx.shape[1])
         if need_bias:
-            dbias = cast(grad.sum(0, dtype=torch.promote_types(dtype, torch.float32)), ctx.bias_dtype)
+            dbias = bias_gradient(grad, ctx.bias_dtype)
         return dx, dw1, dfirst, dlast, dbias, None, None, None
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.ops.casting import autocast, bias_gradient, cast
 from deltaw.ops.onto import onto
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
@@ -50,8 +51,7 @@ def lowrank_linear(
     Raises:
         RuntimeError: a second derivative is asked for (``create_graph=True``).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     # The compiler fuses the plain formula by itself and cannot look into a hand-written backward; a base weight that
     # trains needs its own gradient, which only the plain formula has.
     if torch.compiler.is_compiling() or store.requires_grad:
@@ -87,10 +87,6 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     threshold = round(p * 65536) - 32768  # an int16 is uniform on [-32768, 32767]
     return (words.view(torch.int16)[: x.numel()] >= threshold).view(x.shape)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -141,7 +137,7 @@ class _LowRankLinear(torch.autograd.Function):
         if need_B:
             dB = cast(grad.t() @ low, B.dtype).mul_(ctx.scaling)
         if need_bias:
-            dbias = cast(grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)), ctx.bias_dtype)
+            dbias = bias_gradient(grad, ctx.bias_dtype)
         return dx, dA, dB, dbias, None, None, None, None
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.ops.lowrank import cast, keep_mask
+from deltaw.ops.casting import autocast, bias_gradient, cast, is_wide
+from deltaw.ops.lowrank import keep_mask
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -58,8 +59,7 @@ def mixed_linear(x: Tensor, store: WeightStore, bias: Tensor | None, updates: Se
     Raises:
         RuntimeError: a second derivative is asked for (``create_graph=True``).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     if torch.compiler.is_compiling() or store.requires_grad:  # for the reasons in lowrank_linear
         return mixed_linear_reference(x, store, bias, updates, runs)
     plan = _Plan(x, updates, runs)
@@ -206,7 +206,7 @@ class _MixedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         weight = cast(store.dequantize(), dtype)
         low = plan.times(plan.drop(rows, keep), plan.stack_A(factors[::2], dtype).mT)  # (N, r)
-        if bias is not None and dtype in (torch.bfloat16, torch.float16):
+        if bias is not None and not is_wide(dtype):
             out = _one_product(rows, weight, low, plan, factors[1::2], cast(bias, dtype))
         else:
             # the small products first and the large one onto them, rounded once: see onto.py
@@ -250,7 +250,7 @@ class _MixedLinear(torch.autograd.Function):
             if dB is not None and need_factors[2 * i + 1]:
                 dfactors[2 * i + 1] = dB if r == plan.rank else dB[:, :r]
         if need_bias:
-            dbias = cast(grad.sum(0, dtype=torch.float32), ctx.bias_dtype)
+            dbias = bias_gradient(grad, ctx.bias_dtype)
         return dx, dbias, None, None, None, *dfactors
 
 

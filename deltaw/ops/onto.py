@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["is_wide", "onto"]
+from deltaw.ops.casting import is_wide
 
-
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether sums in ``dtype`` lose no update that matters: anything but half precision."""
-    return dtype not in (torch.bfloat16, torch.float16)
+__all__ = ["onto"]
 
 
 def onto(update: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -293,3 +293,16 @@ def test_compiles_without_a_break() -> None:
     (theirs,) = torch.autograd.grad(mixed_linear(x, store, b, updates, EQUAL).sum(), updates[0].A)
     torch.testing.assert_close(mine, theirs)
     torch._dynamo.reset()
+
+
+def test_a_bias_that_trains_gets_its_gradient_in_the_precision_of_the_batch():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 3, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
+    layer.weight.requires_grad_(False)
+    update = Update(torch.randn(2, 5, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64), 0.5)
+    runs = [(1, None), (3, 0)]
+    pulls = []
+    for function in (mixed_linear, mixed_linear_reference):
+        out = function(x, store_of(layer), layer.bias, [update], runs)
+        pulls.append(torch.autograd.grad(out.pow(3).sum(), layer.bias)[0])
+    torch.testing.assert_close(*pulls, rtol=1e-12, atol=1e-12)
