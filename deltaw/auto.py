@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import transformers
 
 from deltaw.adapters import PeftConfig, TaskType
-from deltaw.adapters.config import HUB_KWARGS, find_file
+from deltaw.adapters.config import BASE_CLASSES, HUB_KWARGS, find_file
 from deltaw.errors import AdapterError, CheckpointError
 from deltaw.loading import resolve_model
 from deltaw.model import PeftModel
@@ -33,15 +33,6 @@ __all__ = [
 
 log = logging.getLogger("deltaw")
 
-#: ``task_type`` -> the class of transformers that loads its base
-BASE_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 #: packages whose classes a config may name in ``auto_mapping``: a file must not choose what is imported
 TRUSTED = ("transformers",)
 #: arguments of ``PeftModel.from_pretrained``; the others go to the base's

@@ -7,17 +7,18 @@ import json
 from pathlib import Path
 
 from deltaw.adapters import PeftConfig
+from deltaw.adapters.config import BASE_CLASSES
 
 __all__ = ["write_card"]
 
-#: task_type -> the hub's name for it, and transformers' class for its base
-TASKS = {
-    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
-    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
-    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
-    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+#: task_type -> the hub's name for it
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
 }
 
 
@@ -27,7 +28,8 @@ def write_card(folder: Path, config: PeftConfig) -> None:
     if path.exists():
         return
     base = config.base_model_name_or_path or ""
-    pipeline, auto = TASKS.get(str(config.task_type), (None, "AutoModel"))
+    task = str(config.task_type)
+    pipeline, auto = PIPELINES.get(task), BASE_CLASSES.get(task, "AutoModel")
     method = str(config.peft_type).lower()
     # a local folder is not an id of the hub, and the hub would refuse it
     listed = base if base and not Path(base).exists() and base.count("/") <= 1 else ""

@@ -43,14 +43,20 @@ def get_peft_model_state_dict(
 
     Raises:
         AdapterError: no such adapter, or a model that holds none.
-        CheckpointError: ``state_dict`` lacks one of the tensors.
+        CheckpointError: ``state_dict`` lacks one of the tensors, or what is in it is not in the form of a file.
     """
     whole, config = _with_adapter(model, adapter_name)
     base = whole.get_base_model()
+    own = checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers, as_saved=True)
     if state_dict is None:
-        own = checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers, as_saved=True)
         return {key: tensor.detach() for key, tensor in own.items()}
     places = checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers)
+    other = [key for key in {**own, **places} if not (key in own and key in places and _same(own[key], places[key]))]
+    if other:
+        raise CheckpointError(
+            f"state_dict=...: adapter {adapter_name!r} is saved in another form than it trains in (tied, pruned, or "
+            f"with a start of its own): {other[0]}; load the values into the model and leave state_dict out"
+        )
     named = (*whole.named_parameters(remove_duplicate=False), *whole.named_buffers(remove_duplicate=False))
     names = {id(tensor): name for name, tensor in named}
     lacking = [names[id(place)] for place in places.values() if names[id(place)] not in state_dict]
@@ -60,6 +66,11 @@ def get_peft_model_state_dict(
             f"{did_you_mean(lacking[0], state_dict)}"
         )
     return {key: state_dict[names[id(place)]] for key, place in places.items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether the numbers of ``b`` stand in the form of ``a``: neither cut, joined nor transposed."""
+    return a.shape == b.shape and a.stride() == b.stride()
 
 
 def set_peft_model_state_dict(

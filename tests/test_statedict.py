@@ -59,6 +59,21 @@ def test_values_may_come_from_a_gathered_state_dict(make_llama) -> None:
         deltaw.get_peft_model_state_dict(model, state_dict=gathered)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "r": 8},
+    ],
+    ids=str,
+)
+def test_values_by_name_are_refused_where_a_file_has_another_form(make_llama, fields: dict[str, Any]) -> None:
+    model = deltaw.get_peft_model(make_llama(tied=True), LoraConfig(**fields))
+    with pytest.raises(CheckpointError, match="another form"):
+        deltaw.get_peft_model_state_dict(model, state_dict=model.state_dict())
+    assert deltaw.get_peft_model_state_dict(model)  # what it holds itself, it can bring into that form
+
+
 def test_embeddings_come_along_when_asked(make_llama) -> None:
     model = deltaw.get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
     keys = deltaw.get_peft_model_state_dict(model, save_embedding_layers=True).keys()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 from deltaw.errors import CheckpointError, ConfigError, did_you_mean
 
-__all__ = ["CONFIG_NAME", "PeftConfig", "PeftType", "TaskType"]
+__all__ = ["BASE_CLASSES", "CONFIG_NAME", "PeftConfig", "PeftType", "TaskType"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -45,6 +45,17 @@ class TaskType(enum.StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+#: ``task_type`` -> the class of transformers that loads its base
+BASE_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.adapters.methods.memo import Memo
+from deltaw.adapters.memo import Memo
 
 
 class Count:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from deltaw.adapters.base import Adapter
 from deltaw.adapters.config import PeftConfig
 from deltaw.adapters.host import HostLayer
+from deltaw.adapters.memo import Memo
 from deltaw.adapters.methods.lora import Lora, require_bare
-from deltaw.adapters.methods.memo import Memo
 from deltaw.ops import gain, rescale, row_norms, row_squares
 from deltaw.weights import WeightStore, wide
 
