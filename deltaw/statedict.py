@@ -5,9 +5,11 @@ Files are ``checkpoint``'s; these functions are for loops that gather, ship or s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.module import _IncompatibleKeys
 
 from deltaw import checkpoint
@@ -43,34 +45,42 @@ def get_peft_model_state_dict(
 
     Raises:
         AdapterError: no such adapter, or a model that holds none.
-        CheckpointError: ``state_dict`` lacks one of the tensors, or what is in it is not in the form of a file.
+        CheckpointError: ``state_dict`` lacks one of the tensors.
     """
     whole, config = _with_adapter(model, adapter_name)
     base = whole.get_base_model()
-    own = checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers, as_saved=True)
+
+    def tensors(as_saved: bool) -> dict[str, Tensor]:
+        return checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers, as_saved=as_saved)
+
     if state_dict is None:
-        return {key: tensor.detach() for key, tensor in own.items()}
-    places = checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers)
-    other = [key for key in {**own, **places} if not (key in own and key in places and _same(own[key], places[key]))]
-    if other:
-        raise CheckpointError(
-            f"state_dict=...: adapter {adapter_name!r} is saved in another form than it trains in (tied, pruned, or "
-            f"with a start of its own): {other[0]}; load the values into the model and leave state_dict out"
-        )
+        return {key: tensor.detach() for key, tensor in tensors(as_saved=True).items()}
     named = (*whole.named_parameters(remove_duplicate=False), *whole.named_buffers(remove_duplicate=False))
     names = {id(tensor): name for name, tensor in named}
-    lacking = [names[id(place)] for place in places.values() if names[id(place)] not in state_dict]
+    own = [names[id(place)] for place in tensors(as_saved=False).values()]
+    lacking = [name for name in own if name not in state_dict]
     if lacking:
         raise CheckpointError(
             f"state_dict lacks {len(lacking)} tensors of adapter {adapter_name!r}: {', '.join(lacking[:5])}"
             f"{did_you_mean(lacking[0], state_dict)}"
         )
-    return {key: state_dict[names[id(place)]] for key, place in places.items()}
+    # what a file holds is computed from what trains (tied, pruned, with a start taken off): so let these values stand
+    # in the model while it is computed, as torch.func does for a forward
+    calling = _Calling(whole, lambda: tensors(as_saved=True))
+    held = {f"model.{name}": state_dict[name] for name in own}
+    return {key: tensor.detach() for key, tensor in functional_call(calling, held, ()).items()}
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether the numbers of ``b`` stand in the form of ``a``: neither cut, joined nor transposed."""
-    return a.shape == b.shape and a.stride() == b.stride()
+class _Calling(nn.Module):
+    """A function of what is in ``model``, for those who replace a module's tensors while its forward runs."""
+
+    def __init__(self, model: nn.Module, function: Callable[[], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self) -> dict[str, Tensor]:
+        return self.function()
 
 
 def set_peft_model_state_dict(

@@ -60,18 +60,29 @@ def test_values_may_come_from_a_gathered_state_dict(make_llama) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "config",
     [
-        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "r": 8},
+        LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
+        LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, r=8),
+        deltaw.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2),
     ],
-    ids=str,
+    ids=["start taken off", "tied", "pruned"],
 )
-def test_values_by_name_are_refused_where_a_file_has_another_form(make_llama, fields: dict[str, Any]) -> None:
-    model = deltaw.get_peft_model(make_llama(tied=True), LoraConfig(**fields))
-    with pytest.raises(CheckpointError, match="another form"):
-        deltaw.get_peft_model_state_dict(model, state_dict=model.state_dict())
-    assert deltaw.get_peft_model_state_dict(model)  # what it holds itself, it can bring into that form
+def test_values_by_name_take_the_form_of_a_file(make_llama, config) -> None:
+    model = deltaw.get_peft_model(make_llama(tied=True), config)
+    if config.peft_type == "ADALORA":
+        for step in range(1, 11):
+            sum(parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+            model.base_model.update_and_allocate(step)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = deltaw.get_peft_model_state_dict(stir(model), state_dict=model.state_dict())
+    own = deltaw.get_peft_model_state_dict(model)
+    assert trained.keys() == own.keys()
+    assert all(torch.equal(trained[key], own[key]) for key in own)
+    before = deltaw.get_peft_model_state_dict(model, state_dict=start)  # the values, not those that the model holds
+    assert all(trained[key].shape == before[key].shape for key in own)
+    assert any(not torch.equal(trained[key], before[key]) for key in own)
+    assert all(torch.equal(own[key], now) for key, now in deltaw.get_peft_model_state_dict(model).items())
 
 
 def test_embeddings_come_along_when_asked(make_llama) -> None:

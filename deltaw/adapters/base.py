@@ -82,11 +82,11 @@ class Adapter(ABC):
             if self.name not in held:
                 continue
             entry = held[self.name]
-            if isinstance(entry, nn.Parameter):
-                yield slot, entry
-            else:
+            if isinstance(entry, nn.Module):
                 for key, parameter in entry.named_parameters():
                     yield f"{slot}.{key}", parameter
+            else:  # a parameter, or the plain tensor that torch.func puts in its place
+                yield slot, entry
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, parameter in self.named_parameters():
