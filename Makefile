@@ -1,5 +1,5 @@
 # The commands of README.md. Each makes the environment in .venv when first used and finds it there afterwards;
-# a change of pyproject.toml or constraints.txt brings it up to date.
+# a change of pyproject.toml, constraints.txt or the C code brings it up to date.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick check bench clean
+.PHONY: help venv demo demo-qlora test quick check sanitize bench clean
 
 help:
 	@echo "make demo    train SmolLM2-135M to answer questions in SQL, and write a report (about 8 minutes on 2 cores)"
+	@echo "make demo-qlora  the same with the base in 4 bits, beside the 16-bit run (which it makes first if there is none)"
 	@echo "make test    all tests"
 	@echo "make quick   the tests that take moments"
 	@echo "make check   ruff, pyright and all tests, warnings as errors: what CI runs"
+	@echo "make sanitize  the C kernels under the address and undefined-behaviour sanitizers (needs cmake and a C compiler)"
 	@echo "make bench   the benchmarks, here beside PEFT and TRL"
 	@echo "make venv    only the environment, with everything that developing needs"
 	@echo "make clean   remove the environment and all caches in this folder; runs/ stays"
@@ -22,7 +24,7 @@ help:
 venv: $(VENV)/.ready
 
 # What the demo needs is a part of it, so that a newcomer waits for less.
-$(VENV)/.demo: pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml constraints.txt CMakeLists.txt $(wildcard deltaw/quant/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, transformers and what the demo needs into $(VENV), once; this takes a minute or more"
 	$(PIP) -e '.[examples]'
@@ -38,6 +40,12 @@ $(VENV)/.ready: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/python examples/text_to_sql/demo.py $(ARGS)
 
+demo-qlora: runs/demo/results.json
+	$(BIN)/python examples/text_to_sql/demo.py --load-in-4bit $(ARGS)
+
+runs/demo/results.json: | $(VENV)/.demo
+	$(BIN)/python examples/text_to_sql/demo.py $(ARGS)
+
 test: venv
 	$(BIN)/python -m pytest -n $(WORKERS) tests $(ARGS)
 
@@ -50,10 +58,15 @@ check: venv
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n $(WORKERS) tests
 
+sanitize:
+	cmake -S . -B build/sanitize -DDELTAW_SANITIZE=ON
+	cmake --build build/sanitize
+	build/sanitize/check_kernels
+
 bench: venv
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 	$(BIN)/python benchmarks/sft_job.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info deltaw/quant/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,11 +14,14 @@ _PUBLIC = {
     "AdaLoraConfig": "deltaw.adapters",
     "LoHaConfig": "deltaw.adapters",
     "LoKrConfig": "deltaw.adapters",
+    "LoftQConfig": "deltaw.adapters",
     "LoraConfig": "deltaw.adapters",
     "PeftConfig": "deltaw.adapters",
     "PeftType": "deltaw.adapters",
     "TaskType": "deltaw.adapters",
     "inject_adapter_in_model": "deltaw.adapters",
+    "replace_lora_weights_loftq": "deltaw.adapters",
+    "full_weights": "deltaw.fullweights",
     "PeftModel": "deltaw.model",
     "get_peft_model": "deltaw.model",
     "AutoPeftModel": "deltaw.auto",
@@ -40,18 +43,29 @@ _PUBLIC = {
     "get_model_status": "deltaw.status",
     "MergeReport": "deltaw.merge",
     "merge_report": "deltaw.merge",
+    "QuantizedMergeReport": "deltaw.merge_quantized",
+    "quantized_merge_report": "deltaw.merge_quantized",
     "load_model": "deltaw.loading",
     "load_tokenizer": "deltaw.loading",
     "SFTConfig": "deltaw.train",
     "SFTTrainer": "deltaw.train",
     "SteeringCallback": "deltaw.train",
     "causal_lm_loss": "deltaw.train",
+    "AdamW8bit": "deltaw.optim",
+    "PagedAdamW": "deltaw.optim",
+    "PagedAdamW8bit": "deltaw.optim",
+    "PagedAdamW32bit": "deltaw.optim",
+    "NF4Config": "deltaw.quant",
+    "NF4Linear": "deltaw.quant",
+    "quantize_": "deltaw.quant",
+    "prepare_model_for_kbit_training": "deltaw.kbit",
     "PRESETS": "deltaw.presets",
 }
 
 __all__ = [
     "PRESETS",
     "AdaLoraConfig",
+    "AdamW8bit",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -61,8 +75,14 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
     "MergeReport",
+    "NF4Config",
+    "NF4Linear",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedAdamW32bit",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -72,12 +92,14 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "QuantizedMergeReport",
     "SFTConfig",
     "SFTTrainer",
     "SteeringCallback",
     "TaskType",
     "__version__",
     "causal_lm_loss",
+    "full_weights",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
@@ -86,12 +108,17 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "merge_report",
+    "prepare_model_for_kbit_training",
+    "quantize_",
+    "quantized_merge_report",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]
 
 if TYPE_CHECKING:
     from deltaw.adapters import (
         AdaLoraConfig,
+        LoftQConfig,
         LoHaConfig,
         LoKrConfig,
         LoraConfig,
@@ -99,6 +126,7 @@ if TYPE_CHECKING:
         PeftType,
         TaskType,
         inject_adapter_in_model,
+        replace_lora_weights_loftq,
     )
     from deltaw.auto import (
         AutoPeftModel,
@@ -109,10 +137,15 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from deltaw.fullweights import full_weights
+    from deltaw.kbit import prepare_model_for_kbit_training
     from deltaw.loading import load_model, load_tokenizer
     from deltaw.merge import MergeReport, merge_report
+    from deltaw.merge_quantized import QuantizedMergeReport, quantized_merge_report
     from deltaw.model import PeftModel, get_peft_model
+    from deltaw.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit
     from deltaw.presets import PRESETS
+    from deltaw.quant import NF4Config, NF4Linear, quantize_
     from deltaw.statedict import get_peft_model_state_dict, set_peft_model_state_dict
     from deltaw.status import get_layer_status, get_model_status
     from deltaw.tasks import (

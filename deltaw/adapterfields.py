@@ -80,8 +80,11 @@ class AdapterFields(BaseModel):
     )
     use_dora: bool | None = _adapter(False, "Weight-decomposed adapters; method dora.", methods=_LORA)
     init_lora_weights: Init | None = _adapter(
-        True, "How A and B begin: true (Kaiming), gaussian, orthogonal, pissa, pissa_niter_N, olora.", methods=_LORA
+        True,
+        "How A and B begin: true (Kaiming), gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq.",
+        methods=_LORA,
     )
+    loftq_config: Ranks | None = _adapter({}, "Of loftq: {loftq_iter: turns, 1 unless given}.", methods=_LORA)
     lora_bias: bool | None = _adapter(False, "Give B a bias of its own.", methods=_LORA)
     bias: Literal["none", "all", "lora_only"] | None = _adapter("none", "Biases to train along.", methods=_SCALED)
 
@@ -149,6 +152,8 @@ class AdapterFields(BaseModel):
             elif not chosen.allows(field, value):
                 fixed = chosen.fixes[field]
                 yield Fault(field, value, f"{chosen.title} is {field}: {_word(fixed)}", "leave it out, or method: lora")
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            yield Fault("loftq_config", self.loftq_config, "nothing reads it but loftq", "init_lora_weights: loftq")
         if self.method == "loha" and self.init_weights == "lycoris":
             yield Fault("init_weights", "lycoris", "LoHa has no such start, LoKr has", "true, or method: lokr")
 

@@ -17,7 +17,7 @@ import transformers
 from deltaw.adapters import PeftConfig, TaskType
 from deltaw.adapters.config import BASE_CLASSES, HUB_KWARGS, find_file
 from deltaw.errors import AdapterError, CheckpointError
-from deltaw.loading import resolve_model
+from deltaw.loading import quantized_arguments, resolve_model
 from deltaw.model import PeftModel
 from deltaw.tasks import TASK_CLASSES
 
@@ -96,7 +96,9 @@ class AutoPeftModel:
             )
         kind = _base_class(config, task, str(where), import_allowlist)
         base_revision = {} if config.revision is None else {"revision": config.revision}
-        base = kind.from_pretrained(resolve_model(name), **base_revision, **kwargs)
+        folder = resolve_model(name)
+        kwargs |= quantized_arguments(folder, kwargs.pop("quantization_config", None), **base_revision, **kwargs)
+        base = kind.from_pretrained(folder, **base_revision, **kwargs)
         _grow_vocabulary(base, where, hub)
         made = PeftModel if task is None else TASK_CLASSES[str(task)]
         return made.from_pretrained(base, where, adapter_name, is_trainable, config, subfolder=subfolder, **ours, **hub)

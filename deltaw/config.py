@@ -17,14 +17,18 @@ from pydantic import ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from deltaw.adapterfields import ADAPTER_GROUPS, AdapterFields, Fault, belongs, methods_of
 from deltaw.errors import ConfigError, did_you_mean
-from deltaw.fieldtypes import Dtype, Int, Pieces, Resume, SaveStrategy, Strategy, setting
+from deltaw.fieldtypes import Dtype, Int, Pieces, QuantType, Resume, SaveStrategy, Strategy, setting
 from deltaw.methods import METHODS
+from deltaw.optimizers import argument_faults, name_fault
 from deltaw.runfile import read_run_file
 
 __all__ = ["ALIASES", "GROUPS", "CrossFaults", "Fault", "RunConfig", "group_of", "keys_of", "load_run_config"]
 
 _SHOWN = 80  # characters of a value that an error repeats
 GROUPS = ("Model", "Data", *ADAPTER_GROUPS, "Training", "Evaluation", "Saving and logging")
+
+#: keys that say how weights are kept in 4 bits, by the names of NF4Config
+QUANTIZATION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 # Names from older versions of the same libraries. They are read, and a note says the name of today.
 ALIASES = {
@@ -67,7 +71,10 @@ class RunConfig(AdapterFields):
     dtype: Dtype = _model("auto", "Type of the base's weights; auto keeps the checkpoint's.")
     attn_implementation: str | None = _model(None, "Attention: eager, sdpa, ...; unset: the best that is there.")
     trust_remote_code: bool = _model(False, "Run Python code that comes with the model.")
-    load_in_4bit: bool = _model(False, "Keep the base's weights in 4 bits (QLoRA).")
+    load_in_4bit: bool = _model(False, "Keep the base's weights in 4 bits (QLoRA), quantized while they are read.")
+    bnb_4bit_quant_type: QuantType = _model("nf4", "Which 4 bits: nf4, or fp4, which errs more.")
+    bnb_4bit_use_double_quant: bool = _model(True, "Quantize the scales too: 4.127 bits a weight, not 4.5.")
+    bnb_4bit_compute_dtype: Dtype = _model("auto", "Type that 4-bit layers compute in; auto: that of their input.")
 
     dataset_name: str = _data(..., "Training rows: a file (jsonl, json, csv, parquet), a folder, or a hub id.")
     dataset_train_split: str = _data("train", "Split of the dataset to train on.")
@@ -93,7 +100,12 @@ class RunConfig(AdapterFields):
     learning_rate: float = _training(2e-4, "Peak learning rate; about ten times that of full fine-tuning.", gt=0)
     lr_scheduler_type: str = _training("linear", "Schedule: linear, cosine, constant_with_warmup, ...")
     warmup_steps: float = _training(0.03, "Steps of warm-up; below 1, a share of all steps.", ge=0)
-    optim: str = _training("adamw_torch", "Optimizer, by TrainingArguments' name.")
+    optim: str = _training(
+        "adamw_torch_fused", "Optimizer: adamw_torch_fused, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, sgd, ..."
+    )
+    optim_args: str | None = _training(
+        None, "Arguments of the optimizer: momentum=0.9 for sgd, page_dir=/a/disk for paged ones, ..."
+    )
     weight_decay: float = _training(0.0, "Decoupled weight decay.", ge=0)
     adam_beta1: float = _training(0.9, "AdamW's first decay.", ge=0, lt=1)
     adam_beta2: float = _training(0.999, "AdamW's second decay.", ge=0, lt=1)
@@ -147,6 +159,12 @@ class RunConfig(AdapterFields):
         """Whether there are rows to evaluate on."""
         return bool(self.eval_dataset_name or self.dataset_test_split or self.val_size)
 
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The arguments of an ``NF4Config`` for the base; None when it stays in full."""
+        values = {name: value for name, value in self.pick(QUANTIZATION).items() if value != "auto"}
+        return values if self.load_in_4bit else None
+
     def changed(self, name: str) -> bool:
         """Whether key ``name`` differs from its default (a resolved file gives all keys, most unchanged)."""
         return getattr(self, name) != type(self).model_fields[name].default
@@ -193,12 +211,18 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
     def fault(name: str, why: str, cure: str) -> Fault:
         return Fault(name, getattr(c, name), why, cure)
 
-    if c.load_in_4bit:
-        yield fault("load_in_4bit", "4-bit bases are not supported yet", "leave it out, or use a smaller base")
+    if not c.load_in_4bit:
+        for name in QUANTIZATION:
+            if c.changed(name):
+                yield fault(name, "nothing reads it while load_in_4bit is false", "load_in_4bit: true")
     if c.packing:
         yield fault("packing", "packing is not supported yet", "leave it out")
     if c.bf16 and c.fp16:
         yield fault("fp16", "bf16 is set too, and only one can be", "keep bf16 where the device has it")
+    if why := name_fault(c.optim):
+        yield fault("optim", why, "docs/optimizers.md lists them")
+    for why in argument_faults(c.optim, c.optim_args):
+        yield fault("optim_args", why, "key=value pairs with commas between")
     if c.max_steps == 0:
         yield fault("max_steps", "a run of no steps learns nothing", "-1 for whole epochs, or a positive number")
     if c.val_size and (c.eval_dataset_name or c.dataset_test_split):

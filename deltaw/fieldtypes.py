@@ -20,6 +20,7 @@ __all__ = [
     "Layers",
     "Names",
     "Pieces",
+    "QuantType",
     "Ranks",
     "Resume",
     "SaveStrategy",
@@ -98,8 +99,13 @@ def _pieces(value: Any) -> Any:
     return _names(value) if isinstance(value, str) and "," in value else value
 
 
+QuantType = Annotated[Literal["nf4", "fp4"], BeforeValidator(lowered)]
 Int = Annotated[int, BeforeValidator(_whole)]
-Init = bool | Literal["gaussian", "orthogonal", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+Init = (
+    bool
+    | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"]
+    | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+)
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no)]
 SaveStrategy = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
 Names = Annotated[list[str], BeforeValidator(_names)]

@@ -26,17 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from deltaw.errors import MissingExtra, ModelError, did_you_mean
+from deltaw.quant.config import NF4Config
+from deltaw.quant.prequantized import quantization_of, read_here
 
-__all__ = ["BUILT_IN", "BuiltIn", "cache_home", "load_model", "load_tokenizer", "resolve_model"]
+__all__ = ["BUILT_IN", "BuiltIn", "cache_home", "load_model", "load_tokenizer", "quantized_arguments", "resolve_model"]
 
 logger = logging.getLogger("deltaw")
 MARKER = "deltaw.json"
 CONVERSION = 1  # raised whenever a conversion gives other files, so that old ones in the cache are rebuilt
 STALE_SECONDS = 3600.0
+#: arguments of `from_pretrained` that say where a config is
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,28 @@ def load_model(
     device_map: Any = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: Any = None,
     **kwargs: Any,
 ) -> Any:
     """A causal language model, in the dtype of its checkpoint unless `dtype` says otherwise.
 
+    One whose files hold 4-bit weights, ours or bitsandbytes', is read as it is, without bitsandbytes.
+
     Args:
         name_or_path: a folder, a built-in name or a hub id.
-        dtype: "auto" for the checkpoint's own, or a torch dtype or its name.
+        dtype: "auto" for the checkpoint's own, or a torch dtype or its name (of what is not in 4 bits).
+        quantization_config: an `NF4Config` puts the linear layers in 4 bits, weight by weight as they are read.
         device_map, attn_implementation, trust_remote_code, kwargs: as in transformers' `from_pretrained`.
 
     Raises:
-        ModelError: nothing to load there, weights that are no safetensors, or a folder that holds an adapter.
+        ModelError: nothing to load there, weights that are no safetensors, weights quantized in a way that is not
+            read here, or a folder that holds an adapter.
     """
     folder = resolve_model(name_or_path)
     _refuse_adapter(folder)
+    if dtype == "auto":
+        dtype = kwargs.pop("torch_dtype", dtype)  # its name in older scripts
+    kwargs |= quantized_arguments(folder, quantization_config, trust_remote_code=trust_remote_code, **kwargs)
     chosen = {"device_map": device_map, "attn_implementation": attn_implementation}
     kwargs = {
         "use_safetensors": True,  # a pickle runs code when it is read
@@ -118,8 +130,39 @@ def load_model(
     }
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    except ModelError:  # said in our words already
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", folder, error)) from error
+
+
+def quantized_arguments(
+    folder: str, quantization_config: Any = None, *, trust_remote_code: bool = False, **kwargs: Any
+) -> dict[str, Any]:
+    """What `from_pretrained` is to be given, of any of transformers' classes, so that weights in 4 bits are read here.
+
+    Args:
+        folder: or a hub id.
+        quantization_config: the one that is asked for; None leaves it to the files.
+        kwargs: further arguments of `from_pretrained`, those of the hub among them.
+
+    Raises:
+        ModelError: weights quantized in a way that is not read here.
+    """
+    asked = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if not isinstance(quantization_config, NF4Config | None) or "config" in kwargs:
+        return asked  # a person who says more knows what is there
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    try:
+        said, _ = PreTrainedConfig.get_config_dict(folder, **hub)
+    except (OSError, ValueError):
+        return asked  # from_pretrained will say what is missing
+    found = quantization_of(said, folder)
+    if found is None:
+        return asked
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **hub)
+    read_here(config, found, quantization_config)
+    return {"config": config}
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], *, chat_template: str | None = None) -> Any:
@@ -173,6 +216,12 @@ def _refuse_adapter(folder: str) -> None:
 def _not_loaded(what: str, folder: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     path = Path(folder)
+    if ggufs := sorted(path.glob("*.gguf")):
+        return (
+            f"{what} folder {folder!r} holds GGUF files, which cannot carry adapters: load one with transformers' "
+            f"from_pretrained(..., gguf_file={ggufs[0].name!r}, quantization_config=GgufConfig(dequantize=True)), "
+            "save_pretrained it, and load that folder"
+        )
     if path.is_dir():
         return f"{what} folder {folder!r} cannot be loaded: {reason}"
     names = [*BUILT_IN, *(entry.name for entry in Path().iterdir() if entry.is_dir())]

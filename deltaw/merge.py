@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,7 +21,16 @@ from deltaw.errors import MergeError, did_you_mean
 from deltaw.modules import dtype_of, name_of, set_submodule, weight_owners
 from deltaw.weights import is_finite
 
-__all__ = ["MergeReport", "merge_adapters", "merge_report", "unload", "unmerge_adapters"]
+__all__ = [
+    "MergeReport",
+    "Requantization",
+    "logits_of",
+    "make_hosts_dense",
+    "merge_adapters",
+    "merge_report",
+    "unload",
+    "unmerge_adapters",
+]
 
 log = logging.getLogger("deltaw")
 
@@ -63,10 +73,45 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
     finally:
         _tie_again(hosts)
     owners = weight_owners(model) if tied else {}
+    told = Requantization.of(hosts)
+    if told is not None:
+        log.warning("%s", told)
     for path, host in hosts if tied else ():
         left = [other for other in tied.get(path, ()) if other not in owners[host.base_layer.weight]]  # type: ignore[index]
         if left:
             log.warning("%s was tied to %s; merging gave it weights of its own", path, ", ".join(left))
+
+
+@dataclasses.dataclass(frozen=True)
+class Requantization:
+    """What merging into a quantized base rounds off: of each layer the Euclidean norm of merged weight minus what the
+    base holds then, relative to the merged weight and to the update."""
+
+    layers: int
+    mean: float
+    worst: float
+    worst_layer: str
+    #: mean relative to the update; at 1 as much is rounded off as was merged
+    of_update: float
+
+    @classmethod
+    def of(cls, hosts: Iterable[tuple[str, HostLayer]]) -> Self | None:
+        """That of the layers that are merged now; None where none of them is quantized."""
+        found = {path: host.rounding for path, host in hosts if host.rounding is not None}
+        if not found:
+            return None
+        relative = {path: r.error / r.weight if r.weight else 0.0 for path, r in found.items()}
+        of_update = [r.error / r.update for r in found.values() if r.update]
+        worst = max(relative, key=lambda path: relative[path])
+        mean = sum(relative.values()) / len(relative)
+        return cls(len(found), mean, relative[worst], worst, sum(of_update) / len(of_update) if of_update else math.inf)
+
+    def __str__(self) -> str:
+        return (
+            f"merged into a quantized base: {self.layers} layers are off by {self.mean:.2%} of their weight on "
+            f"average, {self.worst:.2%} at most ({self.worst_layer}), {self.of_update:.2g} times the update itself; "
+            "merge_and_unload(dequantize=True) gives plain layers instead, rounded to their dtype alone"
+        )
 
 
 def _tie_again(hosts: Sequence[tuple[str, HostLayer]]) -> None:
@@ -139,12 +184,13 @@ def unmerge_adapters(model: nn.Module, names: Sequence[str] | None = None) -> No
 
 
 @torch.no_grad()
-def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
+def unload(model: nn.Module, names: Sequence[str], *, merge: bool, dequantize: bool = False) -> nn.Module:
     """Removes every adapter from ``model`` and returns it as a plain, frozen model.
 
     Args:
         names: the active adapters, whose updates stay when ``merge`` (their ``modules_to_save`` too).
         merge: fold the adapters in first; otherwise the base comes back as it was.
+        dequantize: leave plain layers in the place of quantized ones, so that a merge rounds to their dtype alone.
 
     Raises:
         MergeError: nothing to merge, unknown adapters, two that replace the same module, or a result not
@@ -157,11 +203,23 @@ def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
                 raise MergeError(f"several of {list(names)} replace {path} whole (modules_to_save); merge one of them")
         merged = {name for _, host in host_layers(model) for name in host.merged_adapters}
         unmerge_adapters(model, sorted(merged - set(names)))
+        quantized = []
+        if dequantize:
+            unmerge_adapters(model)  # to be merged again, into plain layers
+            merged = set()
+            quantized = make_hosts_dense(model)
         left = [name for name in names if name not in merged]
-        if left or not names:
-            merge_adapters(model, left, keep=False)
+        try:
+            if left or not names:
+                merge_adapters(model, left, keep=False)
+        except MergeError:
+            for host, layer in quantized:
+                host.base_layer = layer
+            raise
     else:
         unmerge_adapters(model)
+        for _, host in host_layers(model):
+            host.bases.put(host.store, None)
     successors: dict[nn.Parameter, set[nn.Parameter]] = {}  # a base's weight -> what its places hold instead
     for path, host in host_layers(model):
         if host.shared is not None:
@@ -182,9 +240,27 @@ def unload(model: nn.Module, names: Sequence[str], *, merge: bool) -> nn.Module:
             log.warning("%s was tied to other weights; its trained copy is now on its own", path)
     if parted:
         _mark_untied(model)
+    if dequantize:
+        from deltaw.quant.dequantize import dequantize_
+
+        dequantize_(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def make_hosts_dense(model: nn.Module) -> list[tuple[HostLayer, nn.Module]]:
+    """Puts plain layers of the values that they are read as under the adapters of quantized layers.
+
+    Returns:
+        (host, its quantized layer), to put them back.
+    """
+    from deltaw.quant.dequantize import dense_linear  # loads more than a merge into a dense base needs
+
+    quantized = [(host, host.base_layer) for _, host in host_layers(model) if host.store.quantized]
+    for host, layer in quantized:
+        host.base_layer = dense_linear(layer)
+    return quantized
 
 
 def _mark_untied(model: nn.Module) -> None:
@@ -247,20 +323,24 @@ def merge_report(model: Any, batches: Sequence[dict[str, Tensor]]) -> MergeRepor
     """
     if any(host.merged for _, host in host_layers(model)):
         raise MergeError("merge_report compares before and after: call unmerge_adapter() first")
+    apart = logits_of(model, batches)
+    merge_adapters(model, list(model.active_adapters))
+    try:
+        return MergeReport.between(apart, logits_of(model, batches))
+    finally:
+        unmerge_adapters(model)
+
+
+@torch.no_grad()
+def logits_of(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """The logits (tokens, vocabulary) of a model in evaluation mode, where the attention mask is not zero."""
     training = model.training
     model.eval()
+    pieces = []
     try:
-        apart = [model(**batch).logits.float() for batch in batches]
-        merge_adapters(model, list(model.active_adapters))
-        try:
-            together = [model(**batch).logits.float() for batch in batches]
-        finally:
-            unmerge_adapters(model)
+        for batch in batches:
+            logits, mask = model(**batch).logits.float(), batch.get("attention_mask")
+            pieces.append(logits.flatten(0, -2) if mask is None else logits[mask.bool().to(logits.device)])
     finally:
         model.train(training)
-    pairs = []
-    for a, b, batch in zip(apart, together, batches, strict=True):
-        mask = batch.get("attention_mask")
-        keep = torch.ones_like(a[..., 0], dtype=torch.bool) if mask is None else mask.bool().to(a.device)
-        pairs.append((a[keep], b[keep]))
-    return MergeReport.between(*(torch.cat(side) for side in zip(*pairs, strict=True)))
+    return torch.cat(pieces)

@@ -108,8 +108,9 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-#: other ways for A and B to begin, by ``init_lora_weights``; they change no more than the start
+#: other ways for A and B to begin, by ``init_lora_weights``
 INITIALISERS: dict[str, str] = {
     "gaussian": "A from a normal distribution in place of Kaiming's uniform one, B zero",
     "orthogonal": "A and B both away from zero, with B A = 0",
+    "loftq": "A and B from what 4 bits lose of the base, which is changed with them (Li et al. 2023)",
 }

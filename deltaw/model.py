@@ -22,6 +22,7 @@ from deltaw.adapters.running import Running, let_gradients_in
 from deltaw.card import write_card
 from deltaw.errors import AdapterError, CheckpointError
 from deltaw.guises import Guised
+from deltaw.modules import parameter_sizes
 from deltaw.statedict import refill
 from deltaw.status import get_layer_status, get_model_status
 
@@ -171,12 +172,9 @@ class PeftModel(Guised, Running):
     # --- counting -------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; tied weights count once."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            total += parameter.numel()
-            trainable += parameter.numel() if parameter.requires_grad else 0
-        return trainable, total
+        """(trainable, all) parameters; tied weights count once, and weights in 4 bits as what they stand for."""
+        sizes = parameter_sizes(self)
+        return sum(size for parameter, size in sizes.items() if parameter.requires_grad), sum(sizes.values())
 
     def print_trainable_parameters(self) -> None:
         """PEFT's line, to the character."""
@@ -349,14 +347,23 @@ class PeftModel(Guised, Running):
         merge.unmerge_adapters(self.get_base_model(), adapter_names)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
         """The base with the active (or named) adapters folded in, as a plain model; no copy of it is made.
+
+        Args:
+            dequantize: a base in 4 bits becomes one in the dtype that it was quantized from: its layers are plain ones,
+                nothing is rounded to 4 bits again, and what is saved is an ordinary model.
 
         Raises:
             MergeError: unknown adapters, or a result that is not finite.
         """
-        return merge.unload(self.get_base_model(), adapter_names or self.active_adapters, merge=True)
+        names = adapter_names or self.active_adapters
+        return merge.unload(self.get_base_model(), names, merge=True, dequantize=dequantize)
 
     def unload(self) -> nn.Module:
         """The base as it was before any adapter, as a plain model."""

@@ -16,6 +16,7 @@ __all__ = [
     "layer_index",
     "matches",
     "name_of",
+    "parameter_sizes",
     "pattern_value",
     "set_submodule",
     "split_name",
@@ -86,6 +87,21 @@ def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
             if value is not None:
                 owners.setdefault(value, []).append(f"{prefix}.{key}" if prefix else key)
     return owners
+
+
+def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Parameter -> how many weights it is counted as; tied ones once.
+
+    That is its own size, except where its module keeps weights packed and says otherwise (``logical_sizes()``, by name
+    of parameter): bytes count as the weights that they hold, and the statistics beside them not at all.
+    """
+    sizes: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        logical = module.logical_sizes() if hasattr(module, "logical_sizes") else {}  # type: ignore[operator]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                sizes.setdefault(parameter, logical.get(name, parameter.numel()))
+    return sizes
 
 
 def tied_to_embedding(model: nn.Module) -> list[str]:

@@ -38,6 +38,7 @@ from deltaw.evaluate.generate import inference
 from deltaw.loading import load_model, load_tokenizer, resolve_model
 from deltaw.methods import METHODS
 from deltaw.provenance import base_fingerprint, rows_fingerprint, text_fingerprint, versions
+from deltaw.quant.config import NF4Config
 from deltaw.train import SFTConfig, SFTTrainer
 from deltaw.train.progress import ProgressCallback
 
@@ -206,6 +207,7 @@ def load_base(config: RunConfig) -> Any:
     """The base model as the run wants it."""
     return load_model(
         config.model_name_or_path,
+        quantization_config=None if config.quantization is None else NF4Config(**config.quantization),
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,

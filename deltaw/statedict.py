@@ -22,7 +22,8 @@ __all__ = ["get_peft_model_state_dict", "refill", "set_peft_model_state_dict"]
 _FREE = frozenset(
     "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type "  # where it comes from
     "target_modules exclude_modules modules_to_save layers_to_transform layers_pattern r rank_pattern "  # tensors show
-    "init_lora_weights init_weights lora_dropout rank_dropout module_dropout runtime_config".split()  # training's
+    "init_lora_weights loftq_config init_weights "  # how training began
+    "lora_dropout rank_dropout module_dropout runtime_config".split()
 )
 
 
@@ -51,7 +52,9 @@ def get_peft_model_state_dict(
     base = whole.get_base_model()
 
     def tensors(as_saved: bool) -> dict[str, Tensor]:
-        return checkpoint.adapter_tensors(base, adapter_name, config, embeddings=save_embedding_layers, as_saved=as_saved)
+        return checkpoint.adapter_tensors(
+            base, adapter_name, config, embeddings=save_embedding_layers, as_saved=as_saved
+        )
 
     if state_dict is None:
         return {key: tensor.detach() for key, tensor in tensors(as_saved=True).items()}
@@ -145,9 +148,11 @@ def refill(
     for method in {type(adapter) for adapter in adapters.values()}:
         written = method.file_config(written, adapters)
     ours, theirs = written.to_dict(), other.to_dict()
+    over_own_base = any(name in adapter.host.bases for adapter in adapters.values())
+    free = _FREE - {"init_lora_weights", "loftq_config"} if over_own_base else _FREE
     faults = [
         f"{key}: {theirs.get(key)!r} in the file, {ours.get(key)!r} here"
-        for key in sorted({*ours, *theirs} - _FREE)
+        for key in sorted({*ours, *theirs} - free)
         if ours.get(key) != theirs.get(key) and (ours.get(key) or theirs.get(key))
     ]
     if faults:

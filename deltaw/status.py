@@ -14,6 +14,7 @@ from torch import nn
 from deltaw.adapters import HostLayer, ModulesToSaveWrapper
 from deltaw.adapters.inject import carriers
 from deltaw.errors import AdapterError
+from deltaw.modules import parameter_sizes
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
 
@@ -104,12 +105,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     merged = {name for layer in layers for name in layer.merged_adapters}
     half_merged = any(merged & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
     names = sorted({name for layer in layers for name in layer.available_adapters})
+    sizes = parameter_sizes(model)
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(model).__name__ if base is not model else "None",
         peft_types={name: str(config.peft_type) for name, config in configs.items()},
-        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_params=sum(p.numel() for p in model.parameters()),
+        trainable_params=sum(size for p, size in sizes.items() if p.requires_grad),
+        total_params=sum(sizes.values()),
         num_adapter_layers=len(layers),
         enabled=_agreed(layer.enabled for layer in layers),
         active_adapters=active if all(_follows(layer, active) for layer in layers) else "irregular",

@@ -1,15 +1,16 @@
 """How a base weight is kept: the weight-store contract, and its dense stores.
 
-A store is a handle on one weight of one module. It reads (``dequantize``), is written (``requantize_``) and
-multiplies (``linear``). Whoever adapts a weight sees only this contract, so a quantized weight is one new
-store and one :func:`register_store` line. Knows nothing of adapters.
+A store is a handle on one weight of one module. It reads (``dequantize``), lends (``lent``), is written
+(``requantize_``) and multiplies (``linear``, ``few``). Whoever adapts a weight sees only this contract, so a quantized
+weight is one new store and one :func:`register_store` line. Knows nothing of adapters.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,9 +72,32 @@ class WeightStore(ABC):
         """Whether the weight itself is being trained (a quantized weight never is)."""
         return False
 
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds fewer values than ``dtype`` has, so that what is written is not what is read."""
+        return False
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """In which dtype the layer multiplies, whatever its input's; None: in its input's."""
+        return None
+
+    def stored(self) -> Sequence[Tensor]:
+        """The tensors that hold the weight as they lie in memory: it does not change unless one of them does."""
+        return [getattr(self.module, self.name)]
+
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The weight as a plain tensor; for a dense store the very parameter, not a copy."""
+
+    def lent(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """The weight in ``dtype`` for the length of one product: ``with store.lent(dtype) as weight: x @ weight.t()``.
+
+        The memory may be someone else's after the block, so neither the tensor nor a view of it outlives the block, and
+        autograd does not see it: for code that runs without a graph, as the hand-written operations do.
+        """
+        weight = self.dequantize()
+        return nullcontext(weight if weight.dtype == dtype else weight.to(dtype))
 
     @abstractmethod
     def requantize_(self, weight: Tensor) -> None:
@@ -90,6 +114,11 @@ class WeightStore(ABC):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> x W^T + bias, (..., out), with the weight of a linear layer."""
         return F.linear(x, self.dequantize(), bias)
+
+    def few(self, x: Tensor) -> Tensor | None:
+        """x (..., in) -> x W^T in float32, (..., out), without a dense weight and without a gradient, where the store
+        has a way that is faster for so few rows; None where it has not."""
+        return None
 
 
 class DenseStore(WeightStore):

@@ -46,7 +46,16 @@ def test_a_method_s_keys_are_fields_of_its_config_and_all_of_them_are_offered(na
     if name != "adalora":  # there they are of no use, or mean what was pruned
         assert fields_of(name).keys() - NOT_OFFERED - own == set()
     else:
-        unread = {"r", "use_rslora", "use_dora", "init_lora_weights", "lora_bias", "rank_pattern", "alpha_pattern"}
+        unread = {
+            "r",
+            "use_rslora",
+            "use_dora",
+            "init_lora_weights",
+            "lora_bias",
+            "rank_pattern",
+            "alpha_pattern",
+            "loftq_config",
+        }
         assert fields_of(name).keys() - NOT_OFFERED - own <= unread
 
 

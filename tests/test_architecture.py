@@ -17,10 +17,16 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 
 #: place -> floor. A place is a top-level module or package of deltaw; imports go to a lower floor.
 FLOORS = {
-    **dict.fromkeys(["errors", "guises", "modules", "devices", "weights", "presets", "provenance", "methods"], 0),
-    **dict.fromkeys(["quant", "data", "ops", "loading"], 1),
-    "adapters": 2,
-    **dict.fromkeys(["model", "tasks", "auto", "checkpoint", "statedict", "status", "merge", "card", "skeleton"], 3),
+    **dict.fromkeys(["errors", "guises", "modules", "devices", "weights", "scratch", "presets", "provenance"], 0),
+    "methods": 0,
+    **dict.fromkeys(["quant", "data", "ops", "loading", "fullweights"], 1),
+    "optimizers": 1,
+    **dict.fromkeys(["adapters", "optim"], 2),
+    **dict.fromkeys(
+        ["model", "tasks", "auto", "checkpoint", "statedict", "status", "merge", "merge_quantized", "card", "skeleton"],
+        3,
+    ),
+    "kbit": 3,
     **dict.fromkeys(["plan", "evaluate", "analysis", "serve", "report", "integrations"], 4),
     "train": 5,
     **dict.fromkeys(["config", "adapterfields", "pipeline", "fieldtypes", "runfile"], 6),
@@ -31,6 +37,7 @@ NEIGHBOURS = {
     ("model", "checkpoint"),
     ("model", "merge"),
     ("model", "card"),
+    ("merge_quantized", "merge"),
     ("model", "statedict"),
     ("model", "status"),
     ("model", "tasks"),  # inside a function: which subclass fits a config
@@ -39,6 +46,7 @@ NEIGHBOURS = {
     ("auto", "tasks"),
     ("statedict", "checkpoint"),
     ("loading", "provenance"),
+    ("loading", "quant"),
     ("pipeline", "config"),
     ("config", "fieldtypes"),
     ("config", "adapterfields"),
@@ -50,6 +58,7 @@ OPTIONAL = {
     "peft": {"integrations"},
     "trl": {"integrations"},
     "bitsandbytes": {"integrations"},
+    "triton": {"quant/triton_kernels.py"},
     "datasets": {"data/load.py"},
     "pyarrow": {"data/load.py"},
     "matplotlib": {"report"},

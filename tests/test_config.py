@@ -95,7 +95,7 @@ def test_other_texts_of_a_shell():
 
 def test_all_faults_are_told_at_once_with_place_key_value_why_and_cure(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("learning_rat: 1e-4\nr: 0\nbias: some\nload_in_4bit: true\nload_best_model_at_end: true\n")
+    path.write_text("learning_rat: 1e-4\nr: 0\nbias: some\nbnb_4bit_quant_type: FP4\nload_best_model_at_end: true\n")
     with pytest.raises(ConfigError) as raised:
         load_run_config(path, {"lora_dropout": "1.5", "nonsense": "1"})
     told = str(raised.value)
@@ -103,7 +103,7 @@ def test_all_faults_are_told_at_once_with_place_key_value_why_and_cure(tmp_path)
         f"{path}:1: learning_rat = '1e-4': unknown key; did you mean 'learning_rate'",
         f"{path}:2: r = 0:",
         f"{path}:3: bias = 'some': it should be 'none', 'all' or 'lora_only'",
-        f"{path}:4: load_in_4bit = True: 4-bit bases are not supported yet",
+        f"{path}:4: bnb_4bit_quant_type = 'fp4': nothing reads it while load_in_4bit is false",
         f"{path}:5: load_best_model_at_end = True: there are no rows to evaluate on",
         "command line: lora_dropout = '1.5': it should be less than 1",
         "command line: nonsense = '1': unknown key (deltaw train --help lists all keys)",

@@ -110,3 +110,20 @@ def test_frozen_restores_each_flag_even_after_an_error(net):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert [p.requires_grad for p in net.parameters()] == [True, False, True, True, True, True]
+
+
+def test_parameters_are_counted_once_and_as_what_they_stand_for(net):
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(6, dtype=torch.uint8), requires_grad=False)
+            self.absmax = nn.Parameter(torch.zeros(1), requires_grad=False)
+            self.bias = nn.Parameter(torch.zeros(3))
+
+        def logical_sizes(self) -> dict[str, int]:
+            return {"weight": 12, "absmax": 0}
+
+    packed = Packed()
+    sizes = modules.parameter_sizes(nn.ModuleList([net, packed, net[0]]))
+    assert list(sizes.values()) == [6, 3, 9, 3, 6, 2, 12, 0, 3]
+    assert [p for p in sizes if p is packed.weight]

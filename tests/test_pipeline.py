@@ -8,17 +8,18 @@ import pytest
 import torch
 from tinychat import save_tiny, write_rows
 
-from deltaw import PeftModel, SFTConfig
+from deltaw import NF4Config, NF4Linear, PeftModel, SFTConfig
 from deltaw.adapters import CONFIGS
 from deltaw.config import RunConfig, load_run_config
 from deltaw.data import load_rows, render_all
 from deltaw.errors import CheckpointError, ConfigError, DataError
 from deltaw.loading import load_model, load_tokenizer
-from deltaw.pipeline import check_run, run_training, verify_saved
+from deltaw.pipeline import check_run, load_base, run_training, verify_saved
 
 # Keys that the pipeline itself reads; every other one must reach SFTConfig or a method's config.
 OWN_KEYS = {
     "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "load_in_4bit",
+    "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
     "dataset_name", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "val_size",
     "max_train_samples", "max_eval_samples", "chat_template_path", "allow_truncation", "method", "preset",
     "overwrite_output_dir",
@@ -99,6 +100,33 @@ def test_a_seed_makes_the_same_adapter_again(describe, tmp_path):
     first = weights("a", 1)
     assert weights("b", 1) == first
     assert weights("c", 2) != first
+
+
+@pytest.mark.parametrize("keys", [{}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}])
+def test_a_run_in_4_bits_is_proven_on_the_same_4_bits(describe, base, keys):
+    config = describe(load_in_4bit=True, bias="all" if keys else "none", **keys)
+    events: list[str] = []
+    done = run_training(config, on_event=events.append, quiet=True)
+    assert done.parity.trained == 0
+    assert done.parity.base > 0
+    # weights in 4 bits are counted as what they stand for
+    assert (
+        done.results["all_params"]
+        == sum(p.numel() for p in load_model(base).parameters()) + (done.results["trainable_params"])
+    )
+    again = load_run_config(done.output_dir / "run.yaml")
+    assert again.quantization == {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | keys
+    layer = load_base(again).model.layers[0].self_attn.q_proj
+    assert isinstance(layer, NF4Linear)
+    assert layer.quant_type == again.bnb_4bit_quant_type
+    assert (layer.nested_absmax is not None) == again.bnb_4bit_use_double_quant
+
+
+def test_a_run_over_a_folder_of_4_bits(describe, base, tmp_path):
+    load_model(base, quantization_config=NF4Config()).save_pretrained(tmp_path / "packed")
+    load_tokenizer(str(base)).save_pretrained(tmp_path / "packed")
+    done = run_training(describe(model_name_or_path=str(tmp_path / "packed")), quiet=True)
+    assert done.parity.trained == 0
 
 
 def test_trained_biases_are_verified_on_a_fresh_base(describe):

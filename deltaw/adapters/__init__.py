@@ -14,12 +14,14 @@ from deltaw.adapters.methods.adalora_config import AdaLoraConfig
 from deltaw.adapters.methods.dora import Dora
 from deltaw.adapters.methods.dora_conv import DoraConv
 from deltaw.adapters.methods.dora_embedding import DoraEmbedding
+from deltaw.adapters.methods.loftq import LoftQConfig
 from deltaw.adapters.methods.loha import LoHa, LoHaConfig, LoHaConv
 from deltaw.adapters.methods.lokr import LoKr, LoKrConfig, LoKrConv
 from deltaw.adapters.methods.lora import Lora, LoraConfig
 from deltaw.adapters.methods.lora_conv import LoraConv
 from deltaw.adapters.methods.lora_embedding import LoraEmbedding
 from deltaw.adapters.registry import ADAPTERS, CONFIGS, adapters_of, config_class
+from deltaw.adapters.replace import replace_lora_weights_loftq
 from deltaw.adapters.routing import BASE, carried
 from deltaw.adapters.saved import ModulesToSaveWrapper
 from deltaw.adapters.tokens import TokenHost
@@ -46,6 +48,7 @@ __all__ = [
     "LoKr",
     "LoKrConfig",
     "LoKrConv",
+    "LoftQConfig",
     "Lora",
     "LoraConfig",
     "LoraConv",
@@ -63,6 +66,7 @@ __all__ = [
     "inject",
     "inject_adapter_in_model",
     "remove_adapter",
+    "replace_lora_weights_loftq",
     "set_active",
     "trained_biases",
 ]

@@ -78,7 +78,7 @@ class Adapter(ABC):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name on the host without the adapter's name, parameter), e.g. ``("lora_A.weight", ...)``."""
         for slot in self.parameter_slots:
-            held: Any = getattr(self.host, slot)
+            held: Any = getattr(self.host, slot, {})  # an empty one went with the last adapter that was taken away
             if self.name not in held:
                 continue
             entry = held[self.name]

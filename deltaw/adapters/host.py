@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.adapters.base import Adapter
+from deltaw.adapters.bases import Bases, Rounding
 from deltaw.adapters.config import PeftConfig
 from deltaw.adapters.routing import Routable, Run
 from deltaw.errors import AdapterError, MergeError
@@ -40,7 +41,9 @@ class HostLayer(Routable):
         self._active: list[str] = []
         self._disabled = False
         self.merged_adapters: list[str] = []
+        self.bases = Bases()
         self._kept: tuple[Any, Tensor | None] | None = None  # the base as it was before merging
+        self.rounding: Rounding | None = None  # of a merge into a quantized base
         self._shared: nn.Parameter | None = None  # the weight that other modules share, while merged
 
     # --- the base -------------------------------------------------------------------------------------------
@@ -118,7 +121,9 @@ class HostLayer(Routable):
             adapter = method.create(self, name, config, layer_name)
         except BaseException:
             method(self, name).remove()  # what was made before it failed
+            self.bases.drop(self.store, name)
             raise
+        self._suit()
         for module in self.children():
             if module is not self.base_layer:
                 module.train(self.training)  # a new dropout would start in training mode
@@ -133,16 +138,25 @@ class HostLayer(Routable):
             self.unmerge([name])
         self._adapters.pop(name).remove()
         self._active = [n for n in self._active if n != name]
+        self.bases.drop(self.store, name)
+        self._suit()
 
     def check_active(self, names: Sequence[str]) -> None:
         """
         Raises:
             AdapterError: ``names`` cannot be active together on this layer.
         """
+        own = [name for name in names if name in self.bases]
+        if len(own) > 1:
+            raise AdapterError(
+                f"adapters {own} cannot be active together: each was made over a base weight of its own "
+                "(init_lora_weights); activate one of them"
+            )
 
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activates those of ``names`` that this layer has; their parameters train when ``trainable``."""
         self._active = [name for name in names if name in self._adapters]
+        self._suit()
         for name, adapter in self._adapters.items():
             for parameter in adapter.parameters():
                 parameter.requires_grad_(trainable and name in self._active)
@@ -162,6 +176,13 @@ class HostLayer(Routable):
         if not enabled and self.merged_adapters:
             self.unmerge()
         self._disabled = not enabled
+        self._suit()
+
+    def _suit(self) -> None:
+        """Brings in the base weight that the active adapter was made over; while adapters are merged, it stays."""
+        if self.bases and not self.merged_adapters:
+            active = [] if self._disabled else self._active
+            self.bases.put(self.store, next((name for name in active if name in self.bases), None))
 
     def active(self) -> list[Adapter]:
         """The adapters that take part in forward now (none when disabled)."""
@@ -207,6 +228,11 @@ class HostLayer(Routable):
             return "the adapters are disabled: leave disable_adapter() first"
         if self.merged_adapters:
             return f"adapters {self.merged_adapters} are merged into the base: call unmerge_adapter() first"
+        if self.bases:
+            own = [name for name in self._adapters if name in self.bases]
+            return (
+                f"adapters {own} were made over base weights of their own (init_lora_weights): run them one at a time"
+            )
         return None
 
     # --- merging --------------------------------------------------------------------------------------------
@@ -255,6 +281,13 @@ class HostLayer(Routable):
         names = [name for name in names if name in self._adapters]
         if not names:
             return
+        inside = self.bases.inside
+        if inside not in (None, *names, *self.merged_adapters) or any(n in self.bases and n != inside for n in names):
+            own = [name for name in self._adapters if name in self.bases]
+            raise MergeError(
+                f"adapters {own} were made over a base weight of their own (init_lora_weights), which is there while "
+                "they are active: activate one of them, and merge all that is active"
+            )
         if self._kept is not None:
             # start again from the base, so that the sum is rounded once, however many merges it took
             self._restore()
@@ -265,10 +298,12 @@ class HostLayer(Routable):
             if self.merged_adapters and self._kept is not None:
                 self.write(*self.merged_tensors(self.merged_adapters))
             raise
+        before = self.store.dequantize() if self.store.quantized else None
         if keep:
             self._kept = self._copy()
         self.write(weight, bias)
         self.merged_adapters = list(names)
+        self.rounding = None if before is None else Rounding.between(before, weight, self.store.dequantize())
 
     @torch.no_grad()
     def unmerge(self, names: Sequence[str] | None = None) -> None:
@@ -279,13 +314,17 @@ class HostLayer(Routable):
             raise MergeError("the base was merged without keeping a copy, so it cannot be unmerged; reload the model")
         left = [name for name in self.merged_adapters if names is not None and name not in names]
         self._restore()
-        if left:
+        if left and self.bases.inside in (None, *left):
             self.write(*self.merged_tensors(left))
             self.merged_adapters = left
         else:
-            self._kept = None
+            self._kept = self.rounding = None
             self.merged_adapters = []
             self.share_again()
+            self._suit()
+            if left:  # they were merged into the base of one that is taken out
+                self.bases.put(self.store, None)
+                self.merge(left)
 
     def own_weight(self) -> None:
         """Gives the base a copy of its weight, so that modules which share it are not written to."""

@@ -20,7 +20,9 @@ from deltaw.adapters.saved import ModulesToSaveWrapper
 from deltaw.adapters.targets import Targets, resolve
 from deltaw.adapters.tokentargets import place_tokens, token_targets
 from deltaw.errors import AdapterError, ModelError
+from deltaw.fullweights import weights_at_hand
 from deltaw.modules import set_submodule
+from deltaw.quant.adopt import adopting
 
 __all__ = [
     "carriers",
@@ -56,13 +58,20 @@ def inject(
     """Adds adapter ``name`` to the layers that ``config`` means and freezes the base. The adapter is not
     active yet.
 
+    Layers in 4 bits that bitsandbytes made become ours, over the same memory.
+
     Args:
         low_cpu_mem_usage: make the adapter's tensors on the meta device, to be filled from a file.
 
     Raises:
-        TargetError, ConfigError, AdapterError: the model is then as it was before.
+        TargetError, ConfigError, AdapterError, ModelError: the model is then as it was before.
     """
     check_name(name)
+    with adopting(model):
+        return _inject(model, config, name, strict=strict, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def _inject(model: nn.Module, config: PeftConfig, name: str, *, strict: bool, low_cpu_mem_usage: bool) -> Targets:
     if any(name in host.adapters for _, host in host_layers(model)):
         raise AdapterError(f"adapter {name!r} already exists on {type(model).__name__}; delete it or use another name")
     targets = resolve(model, config, strict=strict)
@@ -78,19 +87,20 @@ def inject(
         )
     adapters, tied = adapters_of(config), tied_adapters_of(config)
     try:
-        for layer_name, module in targets.adapted.items():
-            host = module
-            if not isinstance(module, HostLayer):
-                made = host_type(module)
-                assert made is not None  # resolve() has refused what has no host
-                host = made(module)
-                host.train(module.training)
-                set_submodule(model, layer_name, host)
-            assert isinstance(host, HostLayer)
-            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-                if layer_name in targets.tied:
-                    host.slot("tied_to", dict)[name] = model.get_submodule(targets.tied[layer_name])
-                host.add((tied if layer_name in targets.tied else adapters)[host.kind], name, config, layer_name)
+        with weights_at_hand(model):
+            for layer_name, module in targets.adapted.items():
+                host = module
+                if not isinstance(module, HostLayer):
+                    made = host_type(module)
+                    assert made is not None  # resolve() has refused what has no host
+                    host = made(module)
+                    host.train(module.training)
+                    set_submodule(model, layer_name, host)
+                assert isinstance(host, HostLayer)
+                with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                    if layer_name in targets.tied:
+                        host.slot("tied_to", dict)[name] = model.get_submodule(targets.tied[layer_name])
+                    host.add((tied if layer_name in targets.tied else adapters)[host.kind], name, config, layer_name)
         for saved_name, module in targets.saved.items():
             wrapper = module
             if not isinstance(module, ModulesToSaveWrapper):

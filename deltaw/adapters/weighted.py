@@ -97,6 +97,11 @@ def _wrong_arguments(model: nn.Module, configs: Mapping[str, PeftConfig], reques
             check_name(new)
         except AdapterError as error:
             faults.append(str(error))
+    own = sorted({name for _, host in host_layers(model) for name in names if name in host.bases})
+    if own:
+        faults.append(
+            f"adapters {own} were made over base weights of their own (init_lora_weights): they fit no other base"
+        )
     if len(weights) != len(names):
         faults.append(f"there are {len(names)} adapters, but {len(weights)} weights")
     faults += [f"weight {weight!r}: a finite number is needed" for weight in weights if not _is_number(weight)]

@@ -102,8 +102,13 @@ class Loaded(NamedTuple):
     run: RunConfig | None
 
 
-def load_adapted(model: str | None, adapter: str | None, dtype: str = "auto") -> Loaded:
+def load_adapted(
+    model: str | None, adapter: str | None, dtype: str = "auto", *, load_in_4bit: bool | None = None
+) -> Loaded:
     """The base with the adapter on it; the tokenizer, and so the chat template, is the adapter's own.
+
+    Args:
+        load_in_4bit: the base's weights; None: as the run had them that trained the adapter.
 
     Raises:
         ConfigError: neither is given, or the adapter's folder holds none.
@@ -130,8 +135,19 @@ def load_adapted(model: str | None, adapter: str | None, dtype: str = "auto") ->
         raise ConfigError(f"{adapter} does not name its base model: give it with --model")
     own = (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if own else name)
-    adapted = PeftModel.from_pretrained(load_model(name, dtype=dtype), adapter)
+    base = load_model(name, dtype=dtype, quantization_config=_quantization(run, load_in_4bit))
+    adapted = PeftModel.from_pretrained(base, adapter)
     return Loaded(_placed(adapted), tokenizer, name, run)
+
+
+def _quantization(run: RunConfig | None, load_in_4bit: bool | None) -> Any:
+    """How the run that trained the adapter kept the base's weights, and so what the adapter has learned to correct."""
+    kept = None if run is None else run.quantization
+    if load_in_4bit is False or (kept is None and not load_in_4bit):
+        return None
+    from deltaw.quant.config import NF4Config
+
+    return NF4Config(**kept or {"bnb_4bit_use_double_quant": True})
 
 
 def _placed(model: Any) -> Any:

@@ -118,29 +118,29 @@ class _SupervisedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_grad = ctx.needs_input_grad[0]
         dtype = rows.dtype
-        weight = store.dequantize().detach().to(dtype)  # (v, d)
         total = torch.zeros((), dtype=torch.float32 if dtype != torch.float64 else dtype, device=rows.device)
         grad_rows = torch.empty_like(rows) if need_grad else None
-        for start in range(0, rows.shape[0], step):
-            piece, wanted = rows[start : start + step], targets[start : start + step]
-            raw = F.linear(piece, weight, None if bias is None else bias.to(dtype)).to(total.dtype)  # (m, v)
-            logits = shape_logits(raw, scale, softcap)
-            peak = logits.amax(-1, keepdim=True)
-            index = torch.arange(len(wanted), device=rows.device)
-            chosen = logits[index, wanted]
-            probabilities = logits.sub_(peak).exp_()  # reuses the logits' memory
-            mass = probabilities.sum(-1, keepdim=True)
-            total += (mass.log() + peak).sum() - chosen.sum()
-            if grad_rows is None:
-                continue
-            probabilities.div_(mass)
-            probabilities[index, wanted] -= 1.0  # d loss / d logits
-            if softcap is not None:
-                # d/dz [c tanh(z / c)] = 1 - tanh^2; the squashed value is made again, its memory was reused
-                probabilities.mul_(1 - torch.tanh(raw * (scale / softcap)) ** 2)
-            if scale != 1.0:
-                probabilities.mul_(scale)
-            torch.mm(probabilities.to(dtype), weight, out=grad_rows[start : start + step])
+        with store.lent(dtype) as weight:  # (v, d)
+            for start in range(0, rows.shape[0], step):
+                piece, wanted = rows[start : start + step], targets[start : start + step]
+                raw = F.linear(piece, weight, None if bias is None else bias.to(dtype)).to(total.dtype)  # (m, v)
+                logits = shape_logits(raw, scale, softcap)
+                peak = logits.amax(-1, keepdim=True)
+                index = torch.arange(len(wanted), device=rows.device)
+                chosen = logits[index, wanted]
+                probabilities = logits.sub_(peak).exp_()  # reuses the logits' memory
+                mass = probabilities.sum(-1, keepdim=True)
+                total += (mass.log() + peak).sum() - chosen.sum()
+                if grad_rows is None:
+                    continue
+                probabilities.div_(mass)
+                probabilities[index, wanted] -= 1.0  # d loss / d logits
+                if softcap is not None:
+                    # d/dz [c tanh(z / c)] = 1 - tanh^2; the squashed value is made again, its memory was reused
+                    probabilities.mul_(1 - torch.tanh(raw * (scale / softcap)) ** 2)
+                if scale != 1.0:
+                    probabilities.mul_(scale)
+                torch.mm(probabilities.to(dtype), weight, out=grad_rows[start : start + step])
         ctx.save_for_backward(grad_rows)
         return total
 

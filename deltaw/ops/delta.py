@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.ops.casting import autocast, bias_gradient, cast, is_wide
-from deltaw.ops.onto import onto
+from deltaw.ops.onto import added, onto_store
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -60,7 +60,7 @@ def delta_linear(x: Tensor, store: WeightStore, bias: Tensor | None, make: Make,
     if torch.compiler.is_compiling() or store.requires_grad:
         base = F.linear(x, cast(store.dequantize(), x.dtype), None if bias is None else cast(bias, x.dtype))
         return base + F.linear(x, cast(remade(make, *parameters), x.dtype))
-    return _DeltaLinear.apply(x, bias, store, make, *parameters)  # type: ignore[no-any-return]
+    return _DeltaLinear.apply(x, bias, store, make, torch.is_grad_enabled(), *parameters)  # type: ignore[no-any-return]
 
 
 class _Remade(torch.autograd.Function):
@@ -81,13 +81,19 @@ class _Remade(torch.autograd.Function):
 class _DeltaLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, store: WeightStore, make: Make, *parameters: Tensor
+        ctx: Any, x: Tensor, bias: Tensor | None, store: WeightStore, make: Make, recorded: bool, *parameters: Tensor
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        weight, delta = cast(store.dequantize(), dtype), cast(_make(make, parameters), dtype)
-        own = None if bias is None else cast(bias, dtype)
-        out = F.linear(rows, weight + delta, own) if is_wide(dtype) else onto(rows @ delta.t(), rows, weight, own)
+        delta = cast(_make(make, parameters), dtype)
+        base = store.few(rows) if is_wide(dtype) and not recorded else None
+        if base is not None:
+            out = added(base, rows @ delta.t(), bias, dtype)
+        elif is_wide(dtype):
+            with store.lent(dtype) as weight:
+                out = F.linear(rows, weight + delta, None if bias is None else cast(bias, dtype))
+        else:
+            out = onto_store(rows @ delta.t(), rows, store, bias, recorded=recorded)
         ctx.recipe, inputs = kept(x)
         ctx.save_for_backward(*parameters, *inputs)
         ctx.store, ctx.make, ctx.lead, ctx.dtype = store, make, x.shape[:-1], dtype
@@ -97,23 +103,24 @@ class _DeltaLinear(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_bias, _, _, *needed = ctx.needs_input_grad
+        need_x, need_bias, _, _, _, *needed = ctx.needs_input_grad
         saved = ctx.saved_tensors
         parameters, inputs = saved[: len(needed)], saved[len(needed) :]
         grad = cast(grad.reshape(-1, grad.shape[-1]), ctx.dtype)  # (n, out)
         delta, again = _again(ctx.make, parameters, needed)
         dx = dbias = None
         if need_x:
-            weight, update = cast(ctx.store.dequantize(), ctx.dtype), cast(delta.detach(), ctx.dtype)
-            dx = grad @ (weight + update) if is_wide(ctx.dtype) else (grad @ update).addmm_(grad, weight)
-            dx = dx.view(*ctx.lead, weight.shape[1])
+            update = cast(delta.detach(), ctx.dtype)
+            with ctx.store.lent(ctx.dtype) as weight:
+                dx = grad @ (weight + update) if is_wide(ctx.dtype) else (grad @ update).addmm_(grad, weight)
+            dx = dx.view(*ctx.lead, delta.shape[1])
         pulled: tuple[Tensor | None, ...] = (None,) * len(needed)
         if any(needed):
             rows = made_again(ctx.recipe, inputs).reshape(-1, delta.shape[1])
             pulled = _pull(delta, again, cast(grad.t() @ rows, delta.dtype))
         if need_bias:
             dbias = bias_gradient(grad, ctx.bias_dtype)
-        return dx, dbias, None, None, *pulled
+        return dx, dbias, None, None, None, *pulled
 
 
 def _make(make: Make, parameters: tuple[Tensor, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltaw.ops.casting import autocast, bias_gradient, cast
 from deltaw.ops.delta import remade
-from deltaw.ops.onto import onto
+from deltaw.ops.onto import onto_store
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -60,7 +60,8 @@ def kron_linear(
     if torch.compiler.is_compiling() or store.requires_grad:
         return kron_linear_reference(x, store, bias, w1, w2, scaling, row_scale=row_scale)
     first, last = _split(w1, w2)
-    return _KronLinear.apply(x, w1, first, last, bias, store, scaling, row_scale)  # type: ignore[no-any-return]
+    recorded = torch.is_grad_enabled()
+    return _KronLinear.apply(x, w1, first, last, bias, store, scaling, row_scale, recorded)  # type: ignore[no-any-return]
 
 
 def kron_product(x: Tensor, w1: Tensor, w2: Second, scaling: float, *, row_scale: Tensor | None = None) -> Tensor:
@@ -69,7 +70,7 @@ def kron_product(x: Tensor, w1: Tensor, w2: Second, scaling: float, *, row_scale
     if torch.compiler.is_compiling():
         return _formula(x, w1, w2, scaling, row_scale)
     first, last = _split(w1, w2)
-    return _KronLinear.apply(x, w1, first, last, None, None, scaling, row_scale)  # type: ignore[no-any-return]
+    return _KronLinear.apply(x, w1, first, last, None, None, scaling, row_scale, True)  # type: ignore[no-any-return]
 
 
 def kron_linear_reference(
@@ -153,6 +154,7 @@ class _KronLinear(torch.autograd.Function):
         store: WeightStore | None,
         scaling: float,
         row_scale: Tensor | None,
+        recorded: bool,
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])  # (N, m n)
@@ -161,7 +163,7 @@ class _KronLinear(torch.autograd.Function):
         if row_scale is not None:
             out = out * cast(row_scale, dtype)
         if store is not None:
-            out = onto(out, rows, cast(store.dequantize(), dtype), _cast(bias, dtype))
+            out = onto_store(out, rows, store, bias, recorded=recorded)
         ctx.recipe, inputs = kept(x)
         ctx.save_for_backward(w1, first, last, row_scale, *inputs)
         ctx.store, ctx.scaling, ctx.lead, ctx.dtype = store, scaling, x.shape[:-1], dtype
@@ -194,11 +196,12 @@ class _KronLinear(torch.autograd.Function):
         if need_x:
             dx = _right(part, None if before is None else before.t())  # (N, m n)
             if ctx.store is not None:
-                dx = dx.addmm_(grad, cast(ctx.store.dequantize(), dtype))  # in this order, for the reason in onto
+                with ctx.store.lent(dtype) as weight:
+                    dx = dx.addmm_(grad, weight)  # in this order, for the reason in onto
             dx = dx.reshape(*ctx.lead, dx.shape[1])
         if need_bias:
             dbias = bias_gradient(grad, ctx.bias_dtype)
-        return dx, dw1, dfirst, dlast, dbias, None, None, None
+        return dx, dw1, dfirst, dlast, dbias, None, None, None, None
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

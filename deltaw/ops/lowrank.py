@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.ops.casting import autocast, bias_gradient, cast
-from deltaw.ops.onto import onto
+from deltaw.ops.onto import onto_store
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -57,7 +57,7 @@ def lowrank_linear(
     if torch.compiler.is_compiling() or store.requires_grad:
         return lowrank_linear_reference(x, store, bias, A, B, scaling, dropout=dropout)
     keep = keep_mask(x, dropout) if dropout else None
-    return _LowRankLinear.apply(x, A, B, bias, store, scaling, keep, dropout)  # type: ignore[no-any-return]
+    return _LowRankLinear.apply(x, A, B, bias, store, scaling, keep, dropout, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 def lowrank_linear_reference(
@@ -101,13 +101,14 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
         keep: Tensor | None,
         p: float,
+        recorded: bool,
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
         fed = rows if keep is None else _drop(rows, keep, p)
         low = fed @ cast(A, dtype).t()  # (n, r)
         update = low @ cast(B * scaling, dtype).t()  # (n, out)
-        out = onto(update, rows, cast(store.dequantize(), dtype), None if bias is None else cast(bias, dtype))
+        out = onto_store(update, rows, store, bias, recorded=recorded)
         ctx.recipe, inputs = kept(x)
         ctx.save_for_backward(A, B, low, keep, *inputs)
         ctx.store, ctx.scaling, ctx.p, ctx.lead = store, scaling, p, x.shape[:-1]
@@ -132,13 +133,14 @@ class _LowRankLinear(torch.autograd.Function):
                 dx = down @ cast(A, dtype)  # (n, in)
                 if keep is not None:
                     dx = _drop(dx, keep, ctx.p)
-                dx.addmm_(grad, cast(ctx.store.dequantize(), dtype))  # in this order, for the reason in onto
+                with ctx.store.lent(dtype) as weight:
+                    dx.addmm_(grad, weight)  # in this order, for the reason in onto
                 dx = dx.view(*ctx.lead, A.shape[1])
         if need_B:
             dB = cast(grad.t() @ low, B.dtype).mul_(ctx.scaling)
         if need_bias:
             dbias = bias_gradient(grad, ctx.bias_dtype)
-        return dx, dA, dB, dbias, None, None, None, None
+        return dx, dA, dB, dbias, None, None, None, None, None
 
 
 def _drop(rows: Tensor, keep: Tensor, p: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltaw.ops.casting import autocast, bias_gradient, cast, is_wide
 from deltaw.ops.lowrank import keep_mask
+from deltaw.ops.onto import added
 from deltaw.ops.order import first_order
 from deltaw.ops.recipe import kept, made_again
 from deltaw.weights import WeightStore
@@ -64,7 +65,8 @@ def mixed_linear(x: Tensor, store: WeightStore, bias: Tensor | None, updates: Se
         return mixed_linear_reference(x, store, bias, updates, runs)
     plan = _Plan(x, updates, runs)
     factors = [factor for update in updates for factor in (update.A, update.B)]
-    return _MixedLinear.apply(x, bias, store, plan, plan.keep_mask(x), *factors)  # type: ignore[no-any-return]
+    recorded = torch.is_grad_enabled()
+    return _MixedLinear.apply(x, bias, store, plan, plan.keep_mask(x), recorded, *factors)  # type: ignore[no-any-return]
 
 
 def mixed_linear_reference(
@@ -200,20 +202,25 @@ class _MixedLinear(torch.autograd.Function):
         store: WeightStore,
         plan: _Plan,
         keep: Tensor | None,
+        recorded: bool,
         *factors: Tensor,
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        weight = cast(store.dequantize(), dtype)
         low = plan.times(plan.drop(rows, keep), plan.stack_A(factors[::2], dtype).mT)  # (N, r)
-        if bias is not None and not is_wide(dtype):
-            out = _one_product(rows, weight, low, plan, factors[1::2], cast(bias, dtype))
+        base = None if recorded else store.few(rows)
+        if base is not None:
+            out = added(base, plan.times(low, plan.stack_B(factors[1::2], dtype).mT), bias, dtype)
+        elif bias is not None and not is_wide(dtype):
+            with store.lent(dtype) as weight:
+                out = _one_product(rows, weight, low, plan, factors[1::2], cast(bias, dtype))
         else:
             # the small products first and the large one onto them, rounded once: see onto.py
             out = plan.times(low, plan.stack_B(factors[1::2], dtype).mT)  # (N, out)
             if bias is not None:
                 out += bias
-            out.addmm_(rows, weight.t())
+            with store.lent(dtype) as weight:
+                out.addmm_(rows, weight.t())
         ctx.recipe, inputs = kept(x)
         ctx.save_for_backward(low, keep, *factors, *inputs)
         ctx.store, ctx.plan, ctx.count, ctx.shape = store, plan, len(factors), x.shape
@@ -226,7 +233,7 @@ class _MixedLinear(torch.autograd.Function):
         low, keep, *saved = ctx.saved_tensors
         factors, inputs = saved[: ctx.count], saved[ctx.count :]
         As, Bs, plan = factors[::2], factors[1::2], ctx.plan
-        need_x, need_bias, _, _, _, *need_factors = ctx.needs_input_grad
+        need_x, need_bias, _, _, _, _, *need_factors = ctx.needs_input_grad
         dtype = low.dtype
         grad = cast(grad.reshape(-1, grad.shape[-1]), dtype)  # (N, out)
         dx = dbias = None
@@ -239,7 +246,8 @@ class _MixedLinear(torch.autograd.Function):
                 dAs = plan.sums(plan.outer(down, fed, As[0].dtype))
             if need_x:
                 dx = plan.drop(plan.times(down, plan.stack_A(As, dtype)), keep)  # (N, in)
-                dx = dx.addmm_(grad, cast(ctx.store.dequantize(), dtype)).view(ctx.shape)
+                with ctx.store.lent(dtype) as weight:
+                    dx = dx.addmm_(grad, weight).view(ctx.shape)
         if any(need_factors[1::2]):
             dBs = plan.sums(plan.scale_(plan.outer(grad, low, Bs[0].dtype), plan.owners))
         dfactors: list[Any] = [None] * ctx.count
@@ -251,7 +259,7 @@ class _MixedLinear(torch.autograd.Function):
                 dfactors[2 * i + 1] = dB if r == plan.rank else dB[:, :r]
         if need_bias:
             dbias = bias_gradient(grad, ctx.bias_dtype)
-        return dx, dbias, None, None, None, *dfactors
+        return dx, dbias, None, None, None, None, *dfactors
 
 
 def _one_product(rows: Tensor, weight: Tensor, low: Tensor, plan: _Plan, Bs: Sequence[Tensor], bias: Tensor) -> Tensor:

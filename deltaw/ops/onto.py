@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.ops.casting import is_wide
+from deltaw.ops.casting import cast, is_wide
+from deltaw.weights import WeightStore
 
-__all__ = ["onto"]
+__all__ = ["added", "onto", "onto_store"]
 
 
 def onto(update: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,6 +37,27 @@ def onto(update: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> T
     elif bias is not None:
         update += bias
     return update.addmm_(rows, weight.t())
+
+
+def onto_store(update: Tensor, rows: Tensor, store: WeightStore, bias: Tensor | None, *, recorded: bool) -> Tensor:
+    """:func:`onto` with the weight of ``store``, which is read for this one product.
+
+    Args:
+        bias: (out,) in any floating dtype, or None.
+        recorded: whether a gradient may be asked for. If not, a store may have a faster way for a few rows; it sums in
+            float32, and what is added to it is added there before all is rounded once.
+    """
+    base = None if recorded else store.few(rows)
+    if base is not None:
+        return added(base, update, bias, rows.dtype)
+    with store.lent(rows.dtype) as weight:
+        return onto(update, rows, weight, None if bias is None else cast(bias, rows.dtype))
+
+
+def added(base: Tensor, update: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """base + update + bias in ``dtype``, rounded once; ``base`` is float32 (n, out) and is written over."""
+    base += update
+    return cast(base if bias is None else base.add_(bias), dtype)
 
 
 def _is_zero(update: Tensor) -> bool:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from deltaw.data import RenderSettings
 from deltaw.errors import ConfigError
+from deltaw.optimizers import argument_faults, name_fault
 
 __all__ = ["SFTConfig"]
 
@@ -32,6 +33,9 @@ class SFTConfig(TrainingArguments):
         fast_loss: supervised-row loss and lean blocks; False runs the model's own forward.
         max_seq_length: older name of ``max_length``.
         model_init_kwargs: passed on when ``model`` is given by name.
+        optim: transformers' names; ``adamw_8bit``, ``paged_adamw_32bit``, ``paged_adamw_8bit`` and ``sgd`` are made
+            here, on any device and without bitsandbytes (docs/optimizers.md).
+        optim_args: what the optimizer takes beyond the fields here, as ``"momentum=0.9"``.
     """
 
     learning_rate: float = 2e-4
@@ -60,6 +64,9 @@ class SFTConfig(TrainingArguments):
             faults.append("packing=True is not supported yet; train_sampling_strategy='group_by_length' saves padding")
         if self.max_length is not None and self.max_length < 2:
             faults.append(f"max_length={self.max_length}: an example needs at least two tokens")
+        optim = str(getattr(self.optim, "value", self.optim))
+        faults += [f"optim={optim!r}: {why}" for why in [name_fault(optim)] if why]
+        faults += [f"optim_args={self.optim_args!r}: {why}" for why in argument_faults(optim, self.optim_args)]
         if faults:
             raise ConfigError("SFTConfig:\n" + "\n".join(f"  - {fault}" for fault in faults))
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
@@ -68,6 +75,8 @@ class SFTConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers refuses bf16 on a machine that has nothing but a CPU
+        if optim == "paged_adamw":
+            self.optim = "paged_adamw_32bit"  # transformers has only the long name
         super().__post_init__()
 
     def render_settings(self) -> RenderSettings:

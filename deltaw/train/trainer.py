@@ -6,6 +6,7 @@ whether or not PEFT is installed: what transformers asks of PEFT's classes is an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer import OPTIMIZER_NAME
 
 from deltaw import checkpoint
 from deltaw.adapters import PeftConfig
@@ -23,6 +25,7 @@ from deltaw.errors import ConfigError, ModelError
 from deltaw.loading import load_model, load_tokenizer
 from deltaw.model import PeftModel, get_peft_model
 from deltaw.modules import dtype_of
+from deltaw.optim import mapped_loads, optimizer_for, state_bytes
 from deltaw.train.config import SFTConfig
 from deltaw.train.fast import compile_layers, fast_blocks
 from deltaw.train.loss import causal_lm_loss, require_fast_loss
@@ -151,6 +154,27 @@ class SFTTrainer(Trainer):
 
     # --- training -----------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        return optimizer_for(args, model) or Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        fresh = self.optimizer is None  # a second train() finds the first one's, wrapped by accelerate
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.register_step_post_hook(_tell_changed)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; the metrics also tell the bytes of the optimizer's states."""
+        output = super().train(*args, **kwargs)
+        states = state_bytes(self.optimizer)
+        log.info("optimizer states: %s", states)
+        output.metrics["optimizer_state_bytes"] = states.total
+        if states.paged:
+            output.metrics["optimizer_paged_bytes"] = states.paged
+        return output
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if self._compile:
@@ -213,6 +237,14 @@ class SFTTrainer(Trainer):
         if isinstance(self.model, PeftModel) and self.args.should_save:
             save_state(self.model, output_dir)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        reading: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if checkpoint is not None and getattr(getattr(self.optimizer, "optimizer", None), "paged", False):
+            # paged states are copied to where they live; other optimizers keep the very tensors that were loaded
+            reading = mapped_loads(Path(checkpoint, OPTIMIZER_NAME))
+        with reading:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self.model if model is None else model
         if not isinstance(whole, PeftModel):
@@ -239,3 +271,10 @@ class SFTTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids"]
+
+
+def _tell_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Counts a step as a change of the parameters, for whoever remembers what they were worth: torch's fused kernels
+    write them without a word to autograd."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    torch.autograd.graph.increment_version(params)

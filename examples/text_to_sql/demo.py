@@ -1,6 +1,7 @@
 """``make demo``: a small language model learns to answer questions in SQL, in minutes, on a CPU.
 
     python examples/text_to_sql/demo.py [--full] [--steps N] [--questions N] [--seed S] [--output FOLDER] [--quiet]
+    python examples/text_to_sql/demo.py --load-in-4bit      # QLoRA: the base in 4 bits, beside an earlier 16-bit run
 
 This file holds the settings and the command line, and shows the task. Then ``demo_story`` tells the story from
 the first answer to the merged model, in the steps of ``demo_steps``; ``demo_show`` prints it and ``demo_page``
@@ -40,7 +41,9 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "train_sampling_strategy": "group_by_length",
 }
+QLORA_RECIPE = {**RECIPE, "optim": "paged_adamw_8bit"}
 ALL_QUESTIONS = 300
+QLORA_OUTPUT = Path("runs/demo-qlora")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Settings:
         train_rows: that the recipe's steps draw from.
         train_seconds: training ends there, on however slow a machine.
         output: folder for adapter, report and numbers.
+        load_in_4bit: keep the base in 4 bits (NF4, double quantized), and show the run beside ``beside``.
+        beside: ``results.json`` of the same run in 16 bits.
     """
 
     model: str = "smollm2-135m"
@@ -66,6 +71,8 @@ class Settings:
     train_rows: int = 2000
     train_seconds: float = 176.0
     output: Path = Path("runs/demo")
+    load_in_4bit: bool = False
+    beside: Path = Path("runs/demo/results.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +100,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, bool]:
     add("--steps", type=int, default=RECIPE["max_steps"], help="training steps (%(default)s)")
     add("--questions", type=int, help=f"questions a split ({usual.questions})")
     add("--seed", type=int, default=usual.seed, help="of the training rows and the adapter (%(default)s)")
-    add("--output", type=Path, default=usual.output, help="where it is saved (%(default)s)")
+    add("--output", type=Path, help=f"where it is saved ({usual.output}, or {QLORA_OUTPUT} in 4 bits)")
+    add("--load-in-4bit", action="store_true", help="keep the base's weights in 4 bits (QLoRA)")
+    add("--beside", type=Path, default=usual.beside, help="results of the 16-bit run to compare with (%(default)s)")
     add("--model", default=usual.model, help="built-in name or folder of the base (%(default)s)")
     add("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(arguments)
@@ -104,10 +113,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, bool]:
         parser.error(f"--steps is at least 1 and --questions from 1 to {ALL_QUESTIONS}")
     settings = Settings(
         model=options.model,
-        recipe={**RECIPE, "max_steps": options.steps},
+        recipe={**(QLORA_RECIPE if options.load_in_4bit else RECIPE), "max_steps": options.steps},
         seed=options.seed,
         questions=questions,
-        output=options.output,
+        output=options.output or (QLORA_OUTPUT if options.load_in_4bit else usual.output),
+        load_in_4bit=options.load_in_4bit,
+        beside=options.beside,
     )
     return settings, options.quiet
 
@@ -135,6 +146,7 @@ def run(settings: Settings, show: Show) -> dict[str, Any]:
     story.read_back()
     story.ask_after()
     story.merge()
+    story.compare()
     return story.save()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from deltaw.evaluate import Score
 from deltaw.report import Bars, Page, grouped_bars, loss_curve
+from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_show import SPLIT_NAMES, Example, clock, megabytes
 from text_to_sql.demo_steps import Learned, Merged
 
@@ -24,16 +25,18 @@ def report(
     learned: Learned,
     merged: Merged,
     examples: Sequence[Example],
+    beside: Beside | None = None,
 ) -> Page:
     """The whole page.
 
     Args:
         facts: what ``results.json`` holds: ``model``, ``recipe``, ``sizes``, ``seconds``, ``versions``, ...
         baseline, before, after: by split.
+        beside: the same run in 16 bits, for one in 4.
     """
     page = Page(
         "A language model learns SQL",
-        f"{facts['model']}, LoRA of rank {facts['recipe']['r']}, {len(learned.log)} steps in "
+        f"{facts['model']}, {facts['method']} of rank {facts['recipe']['r']}, {len(learned.log)} steps in "
         f"{clock(learned.seconds)} on {facts['machine']['device']}",
     )
     page.add_text(
@@ -44,6 +47,8 @@ def report(
     page.add_facts(_headline(facts, before, after, learned))
     _accuracy(page, baseline, before, after)
     _training(page, learned)
+    if beside is not None:
+        _beside(page, beside)
     page.add_heading("What it answers")
     for one in examples:
         _example(page, one)
@@ -122,6 +127,14 @@ def _training(page: Page, learned: Learned) -> None:
         page.add_text(f"Training was stopped by the clock after step {learned.stopped}.", "bad")
 
 
+def _beside(page: Page, beside: Beside) -> None:
+    page.add_heading("Beside 16 bits")
+    if beside.other is None:
+        page.add_text(f"{beside.why[0].upper()}{beside.why[1:]}.", "soft")
+        return
+    page.add_table(["", "16 bits", "4 bits"], [list(row) for row in beside.rows()], numbers=(1, 2))
+
+
 def _example(page: Page, one: Example) -> None:
     code = f"{one.sql}\n-- result: {one.returned}"
     if not one.right:
@@ -143,6 +156,8 @@ def _merging(page: Page, merged: Merged) -> None:
     )
     drift = str(merged.drift)
     page.add_text(f"{drift[0].upper()}{drift[1:]}.", "soft")
+    if merged.other_way:
+        page.add_text(f"{merged.other_way[0].upper()}{merged.other_way[1:]}.", "soft")
     if merged.differing:
         page.add_table(
             ["question", "apart", "merged"],

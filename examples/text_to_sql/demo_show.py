@@ -148,12 +148,24 @@ class Show:
             "" if merged.holds else "bold red",
         )
         self.say(str(merged.drift), "dim")
+        if merged.other_way:
+            self.say(merged.other_way, "dim")
         if not merged.differing:
             self.say("every answer is the same, letter for letter", "dim")
         for question, a, b, status_a, status_b in merged.differing:
             self.say(f"differs: {question}", "dim")
             self.say(f"  apart   {a}  ({status_a})", "dim")
             self.say(f"  merged  {b}  ({status_b})", "dim")
+
+    def beside(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Two runs, a line for each thing that was measured of both."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+        table.add_column("")
+        for name in ("16 bits", "4 bits"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for what, other, this in rows:
+            table.add_row(what, other, Text(this, style="bold"))
+        self.console.print(Padding(table, (1, 0, 0, 2), expand=False))
 
     def seconds(self, stages: Mapping[str, float]) -> None:
         """How long each stage took."""

@@ -18,13 +18,26 @@ import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback
 
-from deltaw import LoraConfig, PeftConfig, PeftModel, SFTConfig, SFTTrainer, load_model, load_tokenizer, merge_report
+from deltaw import (
+    LoraConfig,
+    NF4Config,
+    PeftConfig,
+    PeftModel,
+    SFTConfig,
+    SFTTrainer,
+    load_model,
+    load_tokenizer,
+    merge_report,
+)
+from deltaw.adapters import host_layers
 from deltaw.data import Collator, render_all
 from deltaw.evaluate import Score, generate_batch
 from deltaw.loading import resolve_model
 from deltaw.merge import MergeReport
+from deltaw.merge_quantized import quantized_merge_report
 from deltaw.pipeline import Parity, verify_saved
 from deltaw.train.progress import ProgressCallback
+from text_to_sql.memory import Peak
 from text_to_sql.score import Outcome, score
 
 __all__ = [
@@ -48,15 +61,24 @@ BATCH = 100
 PROBES = 8  # examples on which logits are compared
 
 
-def load_base(name: str) -> tuple[Any, Any]:
+def load_base(name: str, load_in_4bit: bool = False) -> tuple[Any, Any]:
     """The base model, ready to answer, and its tokenizer; a built-in name is fetched when first used.
+
+    Args:
+        load_in_4bit: keep the weights of its layers in 4 bits (NF4, double quantized).
 
     Raises:
         ModelError, MissingExtra: as ``deltaw.load_model``.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return _placed(load_model(name)), load_tokenizer(name)
+    return _base(name, load_in_4bit), load_tokenizer(name)
+
+
+def _base(name: str, load_in_4bit: bool) -> Any:
+    if not load_in_4bit:
+        return _placed(load_model(name))
+    return _placed(load_model(name, quantization_config=NF4Config(bnb_4bit_use_double_quant=True)))
 
 
 @contextmanager
@@ -117,6 +139,7 @@ class Learned:
         seconds: what training took.
         tokens: how many were read.
         stopped: the step at which the time was up; None where all steps were made.
+        peak: most bytes in memory at once.
     """
 
     model: Any
@@ -125,6 +148,7 @@ class Learned:
     seconds: float
     tokens: int
     stopped: int | None
+    peak: int
 
     @property
     def trainable(self) -> str:
@@ -235,7 +259,8 @@ def train(
     parameters = adapted.get_nb_trainable_parameters()
     began = time.perf_counter()
     try:
-        trainer.train()
+        with Peak(adapted) as memory:
+            trainer.train()
     finally:
         progress.close()
     log = [
@@ -250,13 +275,16 @@ def train(
         time.perf_counter() - began,
         int(trainer.state.num_input_tokens_seen),
         None if clock is None else clock.stopped,
+        memory.bytes,
     )
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def read_back(model: Any, tokenizer: Any, rows: Rows, folder: Path, base: str) -> tuple[Any, Parity]:
+def read_back(
+    model: Any, tokenizer: Any, rows: Rows, folder: Path, base: str, load_in_4bit: bool = False
+) -> tuple[Any, Parity]:
     """Saves the adapter with its tokenizer, and reads it from disk onto a fresh base, strictly.
 
     Returns:
@@ -269,7 +297,7 @@ def read_back(model: Any, tokenizer: Any, rows: Rows, folder: Path, base: str) -
     tokenizer.save_pretrained(folder)
 
     def fresh_base() -> Any:
-        return _placed(load_model(base))
+        return _base(base, load_in_4bit)
 
     parity = verify_saved(model, folder, render_all(rows[:PROBES], tokenizer), fresh_base)
     return PeftModel.from_pretrained(fresh_base(), str(folder)).eval(), parity
@@ -295,6 +323,7 @@ class Merged:
         split: which questions were asked.
         apart, together: the scores of both.
         differing: ``(question, SQL apart, SQL merged, status apart, status merged)`` where the answers differ.
+        other_way: what merging into the 4 bits themselves would have changed, in words; empty for a base in 16.
     """
 
     drift: MergeReport
@@ -302,6 +331,7 @@ class Merged:
     apart: Score
     together: Score
     differing: list[tuple[str, str, str, str, str]]
+    other_way: str = ""
 
     @property
     def holds(self) -> bool:
@@ -327,7 +357,8 @@ def merge(
     apart: Sequence[Outcome],
     progress: Progress | None = None,
 ) -> Merged:
-    """Merges ``model`` for good, after measuring the drift, and asks it the same questions again.
+    """Merges ``model`` for good, after measuring the drift, and asks it the same questions again. A base in 4 bits is
+    merged into plain layers.
 
     Args:
         apart: the outcomes with the adapter beside its base.
@@ -336,8 +367,14 @@ def merge(
     probes = render_all(rows[:PROBES], tokenizer)
     batch = Collator(pad_token_id=0)([one.as_features() for one in probes])
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    drift = merge_report(model, [inputs])
-    merged = model.merge_and_unload(progressbar=False, safe_merge=True)
+    four = any(host.store.quantized for _, host in host_layers(model))
+    other_way = ""
+    if four:
+        both = quantized_merge_report(model, [inputs])
+        drift, other_way = both.dequantized, f"merged into 4 bits again: {both.quantized}; {both.rounding}"
+    else:
+        drift = merge_report(model, [inputs])
+    merged = model.merge_and_unload(safe_merge=True, dequantize=four)
     together = measure(merged, tokenizer, {split: rows}, progress)[split]
     differing = [
         (row["prompt"][-1]["content"], a.sql, b.sql, a.status, b.status)
@@ -345,7 +382,7 @@ def merge(
         if a.sql != b.sql
     ]
     scores = tally({"apart": apart, "together": together})
-    return Merged(drift, split, scores["apart"], scores["together"], differing)
+    return Merged(drift, split, scores["apart"], scores["together"], differing, other_way)
 
 
 def _placed(model: Any) -> Any:

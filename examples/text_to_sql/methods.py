@@ -2,10 +2,11 @@
 
     cd examples && python -m text_to_sql.methods [--methods lora dora ...] [--steps 132] [--out FILE]
 
-The recipe is the demo's, with no clock. Each method's rank is chosen so that it trains as nearly as many parameters as
+The recipe is the demo's, with no clock; ``qlora`` is LoRA over a base in 4 bits, with the demo's recipe for that. Each
+method's rank is chosen so that it trains as nearly as many parameters as
 LoRA at rank 16, with the same alpha / r; nothing else is tuned for any of them. A seed draws the training rows, their
-order and the adapter, so that one seed means the same data to every method. Three seeds for the first four, one for
-the rest. Each finished run is written to ``--out`` at once and is not made again: the script goes on where it was
+order and the adapter, so that one seed means the same data to every method. Three seeds for five of them, one for the
+rest. Each finished run is written to ``--out`` at once and is not made again: the script goes on where it was
 stopped.
 """
 
@@ -28,12 +29,14 @@ from deltaw.methods import METHODS
 from deltaw.skeleton import count_trainable, skeleton
 
 from .build import TEST_SPLITS, build
-from .demo import ALL_QUESTIONS, RECIPE, Settings
+from .demo import ALL_QUESTIONS, QLORA_RECIPE, RECIPE, Settings
 from .demo_steps import load_base, measure, tally, train
 
 __all__ = ["Matched", "configure", "main", "matched", "one_run", "show"]
 
-SEEDS = {"lora": 3, "rslora": 3, "dora": 3, "pissa": 3}  # of the others, one
+QLORA = "qlora"  # no method of its own: LoRA, on another base
+SEEDS = {"lora": 3, QLORA: 3, "rslora": 3, "dora": 3, "pissa": 3}  # of the others, one
+NAMES = ("lora", QLORA, *(name for name in METHODS if name != "lora"))
 SPLITS = ("wording", "both")
 
 
@@ -52,7 +55,7 @@ class Matched:
 
 def configure(method: str, fields: dict[str, Any], steps: int) -> PeftConfig:
     """The config of ``method`` on the recipe's layers, for a run of ``steps``."""
-    chosen = METHODS[method]
+    chosen = METHODS["lora" if method == QLORA else method]
     kind: Callable[..., PeftConfig] = getattr(deltaw, chosen.config)
     if method == "adalora":  # a tenth of the steps before pruning, three tenths after it
         fields = {**fields, "total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
@@ -100,13 +103,14 @@ def _alpha(r: int) -> int:
 def one_run(method: str, seed: int, chosen: Matched, steps: int, splits: Sequence[str], settings: Settings) -> dict:
     """Trains and asks every question: ``{"train_seconds", "loss", "scores": {split: share right}}``."""
     rows = build(seed, settings.train_rows, settings.questions)
-    base, tokenizer = load_base(settings.model)
+    four = method == QLORA
+    base, tokenizer = load_base(settings.model, four)
     with tempfile.TemporaryDirectory() as folder:
         learned = train(
             base,
             tokenizer,
             rows["train"],
-            RECIPE | {"max_steps": steps},
+            (QLORA_RECIPE if four else RECIPE) | {"max_steps": steps},
             base=settings.model,
             seed=seed,
             seconds=None,
@@ -115,12 +119,40 @@ def one_run(method: str, seed: int, chosen: Matched, steps: int, splits: Sequenc
             quiet=False,
             adapter=configure(method, chosen.fields, steps),
         )
-    scores = tally(measure(learned.model.eval(), tokenizer, {split: rows[split] for split in splits}))
+    outcomes = measure(learned.model.eval(), tokenizer, {split: rows[split] for split in splits})
     return {
         "train_seconds": learned.seconds,
         "loss": statistics.fmean(entry["loss"] for entry in learned.log[-10:]),
-        "scores": {split: score.value for split, score in scores.items()},
+        "scores": {split: score.value for split, score in tally(outcomes).items()},
+        "right": {split: [one.status == "correct" for one in each] for split, each in outcomes.items()},
     }
+
+
+def paired(found: Sequence[dict[str, Any]], a: str, b: str) -> str:
+    """How much more of the same questions ``b`` answers than ``a``, after training with the same seeds.
+
+    The seeds' answers to one question are averaged first, so that the 95% interval is over questions.
+    """
+    rights: dict[tuple[str, int], list[float]] = {}
+    splits: set[str] = set()
+    for seed in sorted({run["seed"] for run in found}):
+        both = [
+            next((r for r in found if r["method"] == m and r["seed"] == seed and "right" in r), None) for m in (a, b)
+        ]
+        if both[0] is None or both[1] is None:
+            continue
+        for split in both[0]["right"].keys() & both[1]["right"].keys():
+            splits.add(split)
+            for n, (x, y) in enumerate(zip(both[0]["right"][split], both[1]["right"][split], strict=True)):
+                rights.setdefault((split, n), []).append(float(y) - float(x))
+    if len(rights) < 2:
+        return ""
+    apart = [statistics.fmean(each) for each in rights.values()]
+    error = 1.96 * statistics.stdev(apart) / len(apart) ** 0.5
+    return (
+        f"{b} against {a}: {100 * statistics.fmean(apart):+.1f} points (95%: ±{100 * error:.1f}), paired over "
+        f"{len(apart):,} questions of {', '.join(sorted(splits))} and {max(map(len, rights.values()))} seeds"
+    )
 
 
 def show(found: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
@@ -130,7 +162,12 @@ def show(found: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
     for method in dict.fromkeys(one["method"] for one in found):
         runs = [one for one in found if one["method"] == method]
         settings = ", ".join(f"{key} {value}" for key, value in runs[0]["fields"].items())
-        cells = [METHODS[method].title, settings, f"{runs[0]['trainable']:,}", str(len(runs))]
+        cells = [
+            "QLoRA" if method == QLORA else METHODS[method].title,
+            settings,
+            f"{runs[0]['trainable']:,}",
+            str(len(runs)),
+        ]
         cells.append(f"{statistics.fmean(one['loss'] for one in runs):.3f}")
         for split in splits:
             shares = [100 * one["scores"][split] for one in runs if split in one["scores"]]
@@ -143,10 +180,10 @@ def show(found: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(prog="python -m text_to_sql.methods", description="The methods compared.")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--steps", type=int, default=RECIPE["max_steps"], help="of every run (%(default)s)")
     parser.add_argument("--splits", nargs="+", choices=TEST_SPLITS, default=list(SPLITS))
-    parser.add_argument("--seeds", type=int, help="seeds of each method; unset: three for the first four, else one")
+    parser.add_argument("--seeds", type=int, help="seeds of each method; unset: three for five of them, else one")
     parser.add_argument("--questions", type=int, default=ALL_QUESTIONS, help="of each split (%(default)s)")
     parser.add_argument("--train-rows", type=int, default=Settings.train_rows, help="to draw from (%(default)s)")
     parser.add_argument("--model", default=Settings.model, help="built-in name or folder (%(default)s)")
@@ -165,16 +202,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             key = {**setting, "method": method, "seed": seed, **dataclasses.asdict(chosen[method])}
             same = [run for run in found if key.items() <= run.items()]
             scores = {split: share for run in same for split, share in run["scores"].items()}
+            right = {split: each for run in same for split, each in run.get("right", {}).items()}
             left = [split for split in options.splits if split not in scores]
             if not left:
                 continue
             run = key | one_run(method, seed, chosen[method], options.steps, left, settings)
-            run["scores"] = scores | run["scores"]
+            run["scores"], run["right"] = scores | run["scores"], right | run["right"]
             found = [other for other in found if other not in same] + [run]
             _write(options.out, found)
             print(json.dumps(found[-1]), flush=True)
     shown = [run for run in found if setting.items() <= run.items() and run["method"] in chosen]
     print(show(shown, options.splits))
+    print(paired(shown, "lora", QLORA))
 
 
 def _write(path: Path, found: list[dict[str, Any]]) -> None:

@@ -127,6 +127,39 @@ def test_an_answer_can_be_stopped_and_stays_in_the_conversation(monkeypatch, cap
     assert capsys.readouterr().out == "half an \n"
 
 
+def test_an_adapter_of_a_4_bit_run_is_used_over_4_bits(capsys, folder, monkeypatch):
+    import deltaw.loading
+
+    out = folder / "qlora"
+    code, told, _ = run(capsys, "train", folder / "run.yaml", "--output_dir", out, "--load_in_4bit", "true", "--json")
+    assert code == 0
+    assert json.loads(told)["parity"]["trained"] == 0
+    assert "load_in_4bit: true\nbnb_4bit_quant_type: nf4\nbnb_4bit_use_double_quant: true\n" in (
+        out / "run.yaml"
+    ).read_text(encoding="utf-8")
+
+    asked = []
+    load = deltaw.loading.load_model
+
+    def watched(*args, quantization_config=None, **kwargs):
+        asked.append(quantization_config)
+        return load(*args, quantization_config=quantization_config, **kwargs)
+
+    monkeypatch.setattr(deltaw.loading, "load_model", watched)
+    code, told, _ = run(capsys, "eval", "--adapter", out, "--dataset", folder / "test.jsonl", "--json")
+    assert code == 0
+    assert json.loads(told)["adapter"]["loss"] > 0
+    code, said, _ = run(capsys, "generate", "--adapter", out, "--prompt", "say 3", "--max-new-tokens", 6)
+    assert code == 0
+    assert said
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say 3\n"))
+    code, talk, _ = run(capsys, "chat", "--adapter", out, "--max-new-tokens", 6)
+    assert code == 0
+    assert talk.strip() == said.strip()
+    assert len(asked) == 3
+    assert all(config.bnb_4bit_use_double_quant for config in asked)
+
+
 def test_merge_writes_a_plain_model_that_answers_alike(capsys, folder, adapter):
     code, out, _ = run(capsys, "merge", "--adapter", adapter, "--output", folder / "merged", "--json")
     assert code == 0

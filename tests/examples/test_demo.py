@@ -22,6 +22,7 @@ from deltaw.evaluate import Score
 from deltaw.merge import MergeReport
 from text_to_sql import demo
 from text_to_sql.build import TEST_SPLITS
+from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_show import SPLIT_NAMES, Show, clock, pick_examples, printable, rows_text
 from text_to_sql.demo_steps import Merged, WithinTime, tally, train
 from text_to_sql.score import Outcome
@@ -117,6 +118,54 @@ def test_the_saved_adapter_loads_and_names_its_base(told, settings, tiny):
     model = deltaw.PeftModel.from_pretrained(deltaw.load_model(tiny), str(folder))
     assert model.active_adapters == ["default"]
     assert deltaw.load_tokenizer(folder).chat_template == tiny_tokenizer().chat_template
+
+
+# --- in 4 bits ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four(settings, told, tmp_path_factory) -> tuple[str, dict, demo.Settings]:
+    """The same run over a base in 4 bits, beside the one in full: what it printed, what it found."""
+    changed = dataclasses.replace(
+        settings,
+        recipe=settings.recipe | {"optim": "paged_adamw_8bit"},
+        load_in_4bit=True,
+        output=tmp_path_factory.mktemp("qlora"),
+        beside=settings.output / "results.json",
+    )
+    screen = io.StringIO()
+    facts = demo.run(changed, Show(console=Console(file=screen, width=80, highlight=False)))
+    return screen.getvalue(), facts, changed
+
+
+def test_in_4_bits_it_stands_beside_the_run_in_16(four, told):
+    text, facts, changed = four
+    flat, other = words(text), told[1]
+    assert "QLoRA, rank 16" in flat
+    assert "7 Beside 16 bits" in flat
+    assert facts["memory"]["weights"] < other["memory"]["weights"]
+    for run in (facts, other):
+        assert run["memory"]["training"] > run["memory"]["weights"]
+        assert f"{run['memory']['weights'] / 1e6:,.1f} MB" in flat
+        assert f"{run['memory']['training'] / 1e6:,.1f} MB" in flat
+    assert "bit for bit the trained model" in flat  # on a base that was quantized anew
+    assert "merged into 4 bits again" in flat
+    page = (changed.output / "report.html").read_text()
+    assert "Beside 16 bits" in page
+    assert "paged_adamw_8bit" in page
+
+
+def test_only_like_runs_are_compared(four, tmp_path):
+    _, facts, _ = four
+    assert "`make demo` makes one" in Beside.read(tmp_path / "none.json", facts).why
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({**facts, "seed": 99, "load_in_4bit": False}))
+    assert "another seed" in Beside.read(path, facts).why
+    path.write_text(json.dumps(facts))
+    assert "another load_in_4bit" in Beside.read(path, facts).why
+
+
+# --- time -----------------------------------------------------------------------------------------------------
 
 
 def test_training_stops_when_its_time_is_up(settings, tiny, tmp_path):

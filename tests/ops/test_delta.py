@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.ops.delta import delta_linear, onto, remade
+from deltaw.ops.delta import delta_linear, remade
+from deltaw.ops.onto import onto
 from deltaw.weights import store_of
 
 

@@ -37,6 +37,9 @@ class Linear(HostLayer):
     def adapted(self, x: Tensor, active: list[Adapter], *args: Any, **kwargs: Any) -> Tensor:
         if not self._fused:
             return super().adapted(x, active, *args, **kwargs)
+        computed = self.store.compute_dtype
+        if computed not in (None, x.dtype):
+            return self.adapted(x.to(computed), active).to(x.dtype)
         first, *rest = active
         out = first.linear(x, self.store, self.bias)
         for adapter in rest:
@@ -44,6 +47,9 @@ class Linear(HostLayer):
         return out
 
     def mixed(self, x: Tensor, runs: Sequence[Run], *args: Any, **kwargs: Any) -> Tensor:
+        computed = self.store.compute_dtype
+        if self._fused and computed not in (None, x.dtype):
+            return self.mixed(x.to(computed), runs).to(x.dtype)
         updates: dict[str, Update] = {}
         for name in {run.name: None for run in runs if run.name is not None}:
             adapter = self.adapters[name]

@@ -83,7 +83,7 @@ class Scaled(Adapter):
         if torch.compiler.is_compiling():
             return self.squares()
         memo: Memo = vars(self.host).setdefault("base_squares", Memo())
-        return memo.get([self._stored()], self.squares)
+        return memo.get(self.host.store.stored(), self.squares)
 
     def norm(self) -> Tensor:
         """||W + ΔW|| of each output now, a constant to autograd.
@@ -96,12 +96,11 @@ class Scaled(Adapter):
         if torch.is_grad_enabled() and self.magnitude.requires_grad:
             self._norm.forget()
             return self._constant(self.compute_norm)
-        sources = [self._stored(), *(place for place in super().places().values() if place is not self.magnitude)]
+        sources = [
+            *self.host.store.stored(),
+            *(place for place in super().places().values() if place is not self.magnitude),
+        ]
         return self._norm.get(sources, lambda: self._constant(self.compute_norm))
-
-    def _stored(self) -> Tensor:
-        """The base weight as it lies in memory."""
-        return getattr(self.host.store.module, self.host.store.name)
 
     def _constant(self, compute: Callable[[], Tensor]) -> Tensor:
         """``compute()`` in the tensors' own precision, as a tensor that any later graph may use."""
@@ -140,11 +139,14 @@ class Dora(Scaled, Lora):
         return self.host.store.shape[:1]
 
     def squares(self) -> Tensor:
-        return row_squares(self.host.store.dequantize().detach())
+        store = self.host.store
+        with store.lent(store.dtype) as weight:
+            return row_squares(weight.detach())
 
     def compute_norm(self) -> Tensor:
-        f = self.factors()
-        return row_norms(self.base_squares(), self.host.store.dequantize().detach(), f.A, f.B, f.scaling)
+        f, store, squares = self.factors(), self.host.store, self.base_squares()
+        with store.lent(store.dtype) as weight:
+            return row_norms(squares, weight.detach(), f.A, f.B, f.scaling)
 
     def along_outputs(self, gain: Tensor) -> Tensor:
         return gain[:, None]

@@ -1,7 +1,8 @@
 """How A and B start, as a registry of functions: an initialiser is not a layer.
 
 A *draw* fills A and B with random numbers and zeros. A *decomposition* takes them out of the base weight, which is left
-as it is: what A and B were at the start is kept beside them (:class:`Start`) and taken off their product.
+as it is where it is dense: what A and B were at the start is kept beside them (:class:`Start`) and taken off their
+product. Over a quantized base, and with LoftQ, the base changes: see ``loftq``.
 
 Draws follow PEFT's order (both linears draw their default first, then A is drawn again), so that one seed gives PEFT
 and deltaw the same adapters.
@@ -22,6 +23,7 @@ from deltaw.errors import ConfigError
 __all__ = [
     "DECOMPOSITIONS",
     "DRAWS",
+    "LOFTQ",
     "Start",
     "decomposition",
     "initialise",
@@ -132,17 +134,18 @@ class Start(nn.Module):
 
 DRAWS: dict[str, Draw] = {"gaussian": gaussian, "orthogonal": orthogonal}
 DECOMPOSITIONS: dict[str, Decomposition] = {"pissa": pissa, "olora": olora}
+LOFTQ = "loftq"
 _FAST = re.compile(r"pissa_niter_(\d+)")
 
 
 def initialisers() -> list[str]:
     """The names that ``init_lora_weights`` may be, to be read."""
-    return [*DRAWS, *DECOMPOSITIONS, "pissa_niter_4"]
+    return [*DRAWS, *DECOMPOSITIONS, "pissa_niter_4", LOFTQ]
 
 
 def known_initialiser(choice: bool | str) -> bool:
     """Whether ``init_lora_weights`` may be ``choice``."""
-    return isinstance(choice, bool) or choice in DRAWS or decomposition(choice) is not None
+    return isinstance(choice, bool) or choice == LOFTQ or choice in DRAWS or decomposition(choice) is not None
 
 
 def decomposition(choice: bool | str) -> Decomposition | None:

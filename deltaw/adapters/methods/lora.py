@@ -3,12 +3,14 @@
 s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (Kalajdzievski 2023, arXiv 2312.03732). Where A and B
 are taken out of the base weight at the start (PiSSA, OLoRA), W' = W + s (B A - B0 A0): the base itself is never
 changed, so that it is there for the other adapters, for ``disable_adapter`` and for ``unload``. In a file that is LoRA
-of rank 2r.
+of rank 2r. Where the base must change (LoftQ, and all of these over a quantized base), W' = Q + s B A over a base Q
+that is this adapter's own (``bases``), and a file means the same Q: whoever reads it makes Q again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -21,12 +23,24 @@ from deltaw.adapters.base import Adapter, drawing, settle
 from deltaw.adapters.config import PeftConfig, PeftType
 from deltaw.adapters.host import HostLayer
 from deltaw.adapters.lowrank import Factors, LowRank
-from deltaw.adapters.methods.init import Start, decomposition, initialise, initialisers, is_random, known_initialiser
+from deltaw.adapters.methods.init import (
+    LOFTQ,
+    Start,
+    decomposition,
+    initialise,
+    initialisers,
+    is_random,
+    known_initialiser,
+)
+from deltaw.adapters.methods.loftq import LoftQConfig, as_in_4bit, loftq, loftq_faults, taken_out
 from deltaw.adapters.targeted import TargetedConfig
 from deltaw.errors import AdapterError, CheckpointError, ConfigError, did_you_mean
+from deltaw.fullweights import full_weight
 from deltaw.weights import wide
 
 __all__ = ["Lora", "LoraConfig", "rate", "remember_settings", "require_bare"]
+
+log = logging.getLogger("deltaw")
 
 A_KEY, B_KEY = "lora_A.weight", "lora_B.weight"
 #: of the starting factors among a layer's tensors; no file has them
@@ -46,7 +60,9 @@ class LoraConfig(TargetedConfig):
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
         init_lora_weights: True (Kaiming A, zero B), False (both random, for tests), or the name of an
             initialiser: ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_N"`` (a randomized SVD with N
-            iterations), ``"olora"``.
+            iterations), ``"olora"``, ``"loftq"`` (from what 4 bits lose of the base, which is changed). Over a
+            quantized base the last four read its full-precision weights (see ``deltaw.full_weights``).
+        loftq_config: ``{"loftq_bits": 4, "loftq_iter": 1}`` or a :class:`LoftQConfig`, for ``"loftq"``.
         lora_bias: give B a bias of its own.
         use_dora: learn the magnitude of each output apart from its direction (DoRA).
         trainable_token_indices: rows of the input embedding to train, or ``{embedding name: rows}``.
@@ -64,6 +80,7 @@ class LoraConfig(TargetedConfig):
     use_dora: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     # PEFT 0.21.2's other fields: accepted and written at these defaults, refused by name otherwise
     alora_invocation_tokens: list[int] | None = None
@@ -72,7 +89,6 @@ class LoraConfig(TargetedConfig):
     eva_config: Any = None
     kasa_config: Any = None
     layer_replication: Any = None
-    loftq_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     lora_ga_config: Any = None
     megatron_config: Any = None
     megatron_core: str = "megatron.core"
@@ -91,7 +107,6 @@ class LoraConfig(TargetedConfig):
         "eva_config",
         "kasa_config",
         "layer_replication",
-        "loftq_config",
         "lora_ga_config",
         "megatron_config",
         "monteclora_config",
@@ -106,7 +121,15 @@ class LoraConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
         super().__post_init__()
+        if self.loftq_config and self.init_lora_weights != LOFTQ:
+            # as in PEFT, whose own recipe sets init_lora_weights=True before it saves
+            log.warning("loftq_config has no effect: init_lora_weights is %r, not 'loftq'", self.init_lora_weights)
+            self.loftq_config = {}
+        elif self.init_lora_weights == LOFTQ:
+            self.loftq_config = {**dataclasses.asdict(LoftQConfig()), **self.loftq_config}
 
     @property
     def method(self) -> str:
@@ -122,6 +145,8 @@ class LoraConfig(TargetedConfig):
                 f"init_lora_weights={self.init_lora_weights!r}: use True, False or {', '.join(names)}"
                 f"{did_you_mean(str(self.init_lora_weights), names)}"
             )
+        if self.init_lora_weights == LOFTQ:
+            faults += loftq_faults(self.loftq_config)
         if self.lora_bias and isinstance(self.init_lora_weights, str):
             faults.append(
                 f"lora_bias=True with init_lora_weights={self.init_lora_weights!r}: PEFT could not read the file; "
@@ -152,22 +177,21 @@ class Lora(LowRank):
         with drawing(host):
             lora_A = nn.Linear(in_features, r, bias=False, dtype=torch.float32)
             lora_B = nn.Linear(r, out_features, bias=config.lora_bias, dtype=torch.float32)
-        if decomposition(config.init_lora_weights) is None:
+        taken = config.init_lora_weights == LOFTQ or decomposition(config.init_lora_weights) is not None
+        if not taken:
             initialise(config.init_lora_weights, lora_A, lora_B)
         host.slot("lora_A", nn.ModuleDict)[name] = settle(host, lora_A)
         host.slot("lora_B", nn.ModuleDict)[name] = settle(host, lora_B)
         adapter = cls(host, name)
-        adapter._take_from_base(config.init_lora_weights, layer_name)
+        if taken:
+            adapter._take_from_base(config, layer_name)
         return adapter
 
     @torch.no_grad()
-    def _take_from_base(self, choice: bool | str, layer_name: str) -> None:
-        """Fills A and B, and remembers them, where ``choice`` takes them out of the base weight. They are not rounded
-        to the base's dtype: A and A0 are the same numbers in any case, and an update starts at zero."""
-        decompose = decomposition(choice)
-        if decompose is None:
-            return
-        host, r = self.host, len(self.lora_A)
+    def _take_from_base(self, config: LoraConfig, layer_name: str) -> None:
+        """Fills A and B where they come out of the base weight, and remembers them, or changes the base. They are not
+        rounded to the base's dtype: A and A0 are the same numbers in any case, and an update starts at zero."""
+        host, r, choice = self.host, len(self.lora_A), config.init_lora_weights
         out_features, in_features = host.store.shape
         most = min(out_features, in_features)
         if r > most:
@@ -178,16 +202,47 @@ class Lora(LowRank):
         if self.scaling <= 0:
             raise ConfigError(f"init_lora_weights={choice!r} on {layer_name!r} needs a positive lora_alpha")
         require_bare(host, f"init_lora_weights={choice!r} on {layer_name!r}")
-        weight = wide(host.store.dequantize().detach())
-        if weight.is_meta:
-            A, B = weight.new_empty(r, in_features), weight.new_empty(out_features, r)
+        host.bases.put(host.store, None)
+        if choice == LOFTQ or host.store.quantized:
+            A, B = self._over_own_base(config, layer_name)
         else:
-            A, B = decompose(weight, r, self.scaling)
-        start = Start(A, B, str(choice))
+            decompose = decomposition(choice)
+            assert decompose is not None
+            weight = wide(host.store.dequantize().detach())
+            if weight.is_meta:
+                A, B = weight.new_empty(r, in_features), weight.new_empty(out_features, r)
+            else:
+                A, B = decompose(weight, r, self.scaling)
+            start = Start(A, B, str(choice))
+            host.slot("lora_start", nn.ModuleDict)[self.name] = start
+            A, B = start.A, start.B
         if not self.lora_A.is_meta:
-            self.lora_A.copy_(start.A)
-            self.lora_B.copy_(start.B)
-        host.slot("lora_start", nn.ModuleDict)[self.name] = start
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+
+    def _over_own_base(self, config: LoraConfig, layer_name: str) -> tuple[Tensor, Tensor]:
+        """A and B, and beside them a base weight for this adapter alone."""
+        host, store, r = self.host, self.host.store, len(self.lora_A)
+        if store.device.type == "meta":
+            return self.lora_A, self.lora_B
+        if store.quantized:
+            weight = full_weight(layer_name, store.shape).to(store.device)
+        else:
+            weight = wide(store.dequantize().detach()).clone()
+
+        def write(target: Tensor) -> Tensor:
+            host.bases.replace(store, self.name, target if store.quantized else as_in_4bit(target))
+            return wide(store.dequantize())
+
+        before, decompose = store.dequantize(), decomposition(config.init_lora_weights)
+        with torch.device(store.device):  # where the caller makes the adapter's tensors on the meta device
+            if decompose is not None:
+                A, B = taken_out(weight, write, r, self.scaling, decompose)
+            else:
+                A, B = loftq(weight, write, r, self.scaling, config.loftq_config["loftq_iter"])
+        if store.quantized and torch.equal(store.dequantize(), before):
+            host.bases.drop(store, self.name)  # as with a single turn of LoftQ: it is the base that was given
+        return A, B
 
     @property
     def lora_A(self) -> Tensor:
@@ -279,9 +334,11 @@ class Lora(LowRank):
 
     @classmethod
     def file_config(cls, config: PeftConfig, adapters: Mapping[str, Adapter]) -> PeftConfig:
-        """Twice the rank at the same scaling, where :meth:`file_tensors` has it; layers without a start keep theirs."""
+        """Twice the rank at the same scaling, where :meth:`file_tensors` has it; layers without a start keep theirs.
+        Over a base of its own the adapter is written as it is: only who makes that base again can use it."""
         assert isinstance(config, LoraConfig)
-        if decomposition(config.init_lora_weights) is None:
+        over_own = any(adapter.name in adapter.host.bases for adapter in adapters.values())
+        if decomposition(config.init_lora_weights) is None or over_own:
             return config
         widen = math.sqrt(2) if config.use_rslora else 2  # s = alpha / sqrt(r), or alpha / r
         plain = {re.escape(layer): layer for layer, a in adapters.items() if not isinstance(a, Lora) or a.start is None}

@@ -111,7 +111,7 @@ class Lycoris(Adapter):
     @property
     def held(self) -> dict[str, Tensor]:
         """Slot -> parameter, of those that this layer has."""
-        slots = {slot: getattr(self.host, slot) for slot in self.parameter_slots}
+        slots = {slot: getattr(self.host, slot, {}) for slot in self.parameter_slots}
         return {slot: entries[self.name] for slot, entries in slots.items() if self.name in entries}
 
     def value(self, slot: str) -> Any:
