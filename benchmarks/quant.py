@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from train_step import ADAPTER, batch, gradient_norm, nudge, step_of
 
 from deltaw import LoraConfig, NF4Config, causal_lm_loss, get_peft_model, load_model, quantize_
-from deltaw.quant import NF4Linear, dequantize_4bit, quantize_4bit
+from deltaw.quant import NF4Linear, dequantize_4bit, from_bnb, quantize_4bit
 from deltaw.quant.backends import backend_for
 
 NESTED = NF4Config(bnb_4bit_use_double_quant=True)
@@ -74,12 +74,14 @@ def contestants(shape: tuple[int, int]) -> dict[str, Repeated]:
 
     def pair(nested: bool) -> None:
         kind = ", double quantized" if nested else ""
-        ours = quantize_4bit(weight, nested=nested)
         theirs, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+        held = {f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+        ours = from_bnb({"weight": theirs, **held})  # the same bytes
         apart = int((dequantize_4bit(ours) != bnb.dequantize_4bit(theirs, state)).sum())
         print(f"{shape}{kind}: {apart} of {n:,} dequantized elements differ from bitsandbytes'")
-        calls[f"dequantize{kind}: deltaw"] = Repeated(lambda: dequantize_4bit(ours, out=out), n)
-        calls[f"dequantize{kind}: bitsandbytes"] = Repeated(lambda: bnb.dequantize_4bit(theirs, state, out=out), n)
+        calls[f"dequantize{kind}, over lent memory: deltaw"] = Repeated(lambda: dequantize_4bit(ours, out=out), n)
+        calls[f"dequantize{kind}: deltaw"] = Repeated(lambda: dequantize_4bit(ours), n)
+        calls[f"dequantize{kind}: bitsandbytes"] = Repeated(lambda: bnb.dequantize_4bit(theirs, state), n)
 
     pair(False)
     pair(True)
@@ -109,7 +111,7 @@ def kernels(args: argparse.Namespace) -> None:
         rates = {name: calls[name].rates(each) for name, each in seconds.items()}
         middle = {name: statistics.median(each) for name, each in rates.items()}
         for name, each in rates.items():
-            rival = middle[name.replace("deltaw", "bitsandbytes")]
+            rival = middle[name.replace("deltaw", "bitsandbytes").replace(", over lent memory", "")]
             cells = [f"{middle['copy of the output'] / middle[name]:.2f}" if name.startswith("dequantize") else ""]
             cells.append(f"{middle[name] / rival:.1f}" if name.endswith("deltaw") else "")
             rows.append([f"{shape[0]} x {shape[1]}", name, spread(each, 2), *cells])

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.adapters import HostLayer
 from deltaw.ops.attention import ATTENTION
 from deltaw.ops.norm import rms_norm
 from deltaw.ops.swiglu import swiglu
+from deltaw.weights import has_store, store_of
 
 __all__ = ["compile_layers", "fast_blocks"]
 
@@ -133,10 +135,11 @@ def _swiglu_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 @torch.no_grad()
 def _agrees(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
     """Whether ``forward`` gives what the module's own does, on random numbers, to a few units of rounding."""
-    weight = next(module.parameters())
-    width = weight.shape[-1]
+    first = getattr(module, "gate_proj", module)
+    first = first.get_base_layer() if isinstance(first, HostLayer) else first
+    weight = store_of(first) if has_store(first) else next(module.parameters())  # that of a norm has no store
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, width, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(2, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     training = module.training
     module.eval()
     try:

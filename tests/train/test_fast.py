@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build
 
-from deltaw import LoraConfig, get_peft_model
+from deltaw import LoraConfig, NF4Config, get_peft_model, quantize_
 from deltaw.ops.attention import ATTENTION
 from deltaw.train.fast import _recognise, compile_layers, fast_blocks
 
@@ -42,6 +42,14 @@ def test_another_attention_is_left_alone(llama: Any) -> None:
 
 def test_norms_that_train_are_left_alone(llama: Any) -> None:
     assert len(_recognise(llama.requires_grad_(True))) == 2  # only the SwiGLUs
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layers_in_4_bits_are_taken_over_too(llama: Any, adapted: bool) -> None:
+    quantize_(llama.requires_grad_(False), NF4Config())
+    if adapted:
+        get_peft_model(llama, LoraConfig(r=4, target_modules="all-linear"))
+    assert len(_recognise(llama)) == 7
 
 
 def test_a_look_alike_is_found_out(llama: Any) -> None:
