@@ -34,6 +34,7 @@ from train_step import ADAPTER, batch, gradient_norm, nudge, step_of
 from deltaw import LoraConfig, NF4Config, causal_lm_loss, get_peft_model, load_model, quantize_
 from deltaw.quant import NF4Linear, dequantize_4bit, from_bnb, quantize_4bit
 from deltaw.quant.backends import backend_for
+from deltaw.quant.dequantize import dequantize_
 
 NESTED = NF4Config(bnb_4bit_use_double_quant=True)
 #: (out, in): SmolLM2's largest layer, and an attention and an MLP layer of an 8-billion-parameter model
@@ -141,20 +142,8 @@ def base_of(kind: str) -> Any:
         quantize_(base, NESTED)
     elif kind == "dequantized":
         quantize_(base, NESTED)
-        for parent in list(base.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, NF4Linear):
-                    setattr(parent, name, dense(layer))
+        dequantize_(base)
     return base
-
-
-def dense(layer: NF4Linear) -> nn.Linear:
-    """An ordinary layer with the values that ``layer`` stands for."""
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(dequantize_4bit(layer.packed), requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = layer.bias
-    return plain
 
 
 BASES = {"deltaw QLoRA": "4-bit", "PEFT QLoRA": "bitsandbytes", "deltaw LoRA, dequantized base": "dequantized"}
@@ -218,6 +207,23 @@ def losses(args: argparse.Namespace) -> None:
 # --- memory -------------------------------------------------------------------------------------------------
 
 
+def kept(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps for backward, the model's own left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        loss = forward()  # while it lives, no address is used twice
+    del loss
+    return sum(storages.values())
+
+
 def memory_of(args: argparse.Namespace) -> None:
     """Of one contestant, in this process: bytes of the quantized layers, and the peak of a step; printed as JSON."""
     forward, model = make(args.memory_of, args)
@@ -227,11 +233,12 @@ def memory_of(args: argparse.Namespace) -> None:
     with PeakMemory() as memory:
         loss = step_of(forward, model)()
     found = {"peak": memory.above, "loss": loss, "bytes": sum(layer.packed.nbytes() for layer in layers)}
-    print(json.dumps(found | {"elements": sum(layer.packed.numel() for layer in layers)}))
+    found |= {"kept": kept(forward, model), "elements": sum(layer.packed.numel() for layer in layers)}
+    print(json.dumps(found))
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Bits of a weight, and the peak of a step above the loaded model."""
+    """Bits of a weight, what a step keeps for backward, and its peak above the loaded model."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in STEPS}
     options = ["--rank", str(args.rank), "--batch", str(args.batch), "--length", str(args.length)]
     for _ in range(args.rounds):
@@ -241,11 +248,13 @@ def memory(args: argparse.Namespace) -> None:
     peaks = {name: [one["peak"] / 2**20 for one in each] for name, each in found.items()}
     rows = []
     for name, each in peaks.items():
-        lora = statistics.median(peaks["PEFT LoRA" if name.startswith("PEFT") else "deltaw LoRA"])
-        rows.append([name, spread(each, 0), f"{statistics.median(each) / lora:.3f}"])
-    print(f"\nPeak of a step above the loaded model, batch {args.batch} x {args.length}; {args.rounds} processes each")
-    print(f"{machine()}\n")
-    print(table(["step", "MiB (min to max)", "it / its LoRA"], rows))
+        other = "PEFT LoRA" if name.startswith("PEFT") else "deltaw LoRA"
+        held = found[name][0]["kept"] / 2**20
+        ratios = [held / (found[other][0]["kept"] / 2**20), statistics.median(each) / statistics.median(peaks[other])]
+        rows.append([name, f"{held:.1f}", f"{ratios[0]:.3f}", spread(each, 0), f"{ratios[1]:.3f}"])
+    print(f"\nMemory of a step, batch {args.batch} x {args.length}; {args.rounds} processes each\n{machine()}\n")
+    head = ["step", "MiB kept for backward", "it / its LoRA", "peak MiB above the model (min to max)", "it / its LoRA"]
+    print(table(head, rows))
     print(f"\nThe {four['elements']:,} weights in 4 bits take {8 * four['bytes'] / four['elements']:.4f} bits each.")
 
 

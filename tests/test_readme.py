@@ -24,7 +24,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    deltaw ")]
-    assert len(commands) == 8
+    assert len(commands) == 10
     model = save_tiny(tmp_path / "tiny")
     write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "run.yaml").write_text(
@@ -39,4 +39,5 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code in (0, None), f"{command}: {capsys.readouterr().err}"
-    assert (tmp_path / "runs/merged/model.safetensors").is_file()
+    for folder in ("merged", "plain"):
+        assert (tmp_path / f"runs/{folder}/model.safetensors").is_file()

@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run["scores"], run["right"] = scores | run["scores"], right | run["right"]
             found = [other for other in found if other not in same] + [run]
             _write(options.out, found)
-            print(json.dumps(found[-1]), flush=True)
+            print(json.dumps({key: value for key, value in found[-1].items() if key != "right"}), flush=True)
     shown = [run for run in found if setting.items() <= run.items() and run["method"] in chosen]
     print(show(shown, options.splits))
     print(paired(shown, "lora", QLORA))

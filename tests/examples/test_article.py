@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tinychat import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from article import basic_lora, load_and_generate, sft_alpaca, templates
-from deltaw import PRESETS, LoraConfig, PeftModel, get_peft_model
+from article import basic_lora, load_and_generate, qlora, sft_alpaca, templates
+from deltaw import PRESETS, LoraConfig, NF4Linear, PeftModel, get_peft_model
 from deltaw.data import load_rows
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -135,6 +135,28 @@ def test_a_dataset_of_the_datasets_library_is_the_same_run(tuned, base, tmp_path
         peft_config=LoraConfig(target_modules=ALL_SEVEN, task_type="CAUSAL_LM"),
     )
     assert list(again.train_dataset) == list(trainer.train_dataset)
+
+
+# --- 7.4 ------------------------------------------------------------------------------------------------------------
+
+
+def test_qlora_trains_over_four_bits_and_counts_weights(base, capsys):
+    model = qlora.main([base])
+    found = LINE.search(capsys.readouterr().out)
+    assert found
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    assert len(layers) == 14
+    assert {(layer.quant_type, layer.packed.nested, layer.compute_dtype) for layer in layers} == {
+        ("nf4", True, torch.bfloat16)
+    }
+    dense = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(base).parameters())
+    assert number(found[1]) == TINY_ALL_LINEAR
+    assert number(found[2]) == dense + TINY_ALL_LINEAR  # packed bytes count as the weights that they hold
+    ids = torch.arange(2, 18)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == TINY_ALL_LINEAR
+    assert all(p.grad is not None for p in trained)
 
 
 # --- 7.5 ------------------------------------------------------------------------------------------------------------
