@@ -35,11 +35,12 @@ __all__ = [
 log = logging.getLogger("deltaw")
 
 
-def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True) -> None:
+def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True, measuring: bool = False) -> None:
     """Folds adapters into the base weights of every layer, all or none.
 
     Args:
         keep: keep a copy of each base weight, so that unmerging is bitwise.
+        measuring: the caller looks at what rounding costs, and takes it back: no warning of it.
 
     Raises:
         MergeError: unknown or already merged adapters, or a result that is not finite; the base is then
@@ -74,8 +75,8 @@ def merge_adapters(model: nn.Module, names: Sequence[str], *, keep: bool = True)
         _tie_again(hosts)
     owners = weight_owners(model) if tied else {}
     told = Requantization.of(hosts)
-    if told is not None:
-        log.warning("%s", told)
+    if told is not None and not measuring:
+        log.warning("%s; merge_and_unload(dequantize=True) gives plain layers, rounded to their dtype alone", told)
     for path, host in hosts if tied else ():
         left = [other for other in tied.get(path, ()) if other not in owners[host.base_layer.weight]]  # type: ignore[index]
         if left:
@@ -109,8 +110,7 @@ class Requantization:
     def __str__(self) -> str:
         return (
             f"merged into a quantized base: {self.layers} layers are off by {self.mean:.2%} of their weight on "
-            f"average, {self.worst:.2%} at most ({self.worst_layer}), {self.of_update:.2g} times the update itself; "
-            "merge_and_unload(dequantize=True) gives plain layers instead, rounded to their dtype alone"
+            f"average, {self.worst:.2%} at most ({self.worst_layer}), {self.of_update:.2g} times the update itself"
         )
 
 
@@ -324,7 +324,7 @@ def merge_report(model: Any, batches: Sequence[dict[str, Tensor]]) -> MergeRepor
     if any(host.merged for _, host in host_layers(model)):
         raise MergeError("merge_report compares before and after: call unmerge_adapter() first")
     apart = logits_of(model, batches)
-    merge_adapters(model, list(model.active_adapters))
+    merge_adapters(model, list(model.active_adapters), measuring=True)
     try:
         return MergeReport.between(apart, logits_of(model, batches))
     finally:

@@ -63,14 +63,14 @@ def quantized_merge_report(model: Any, batches: Sequence[dict[str, Tensor]]) -> 
         )
     apart = logits_of(model, batches)
     try:
-        merge_adapters(model, names)
+        merge_adapters(model, names, measuring=True)
         rounding = Requantization.of(hosts)
         quantized = MergeReport.between(apart, logits_of(model, batches))
     finally:
         unmerge_adapters(model)
     layers = make_hosts_dense(model)
     try:
-        merge_adapters(model, names)
+        merge_adapters(model, names, measuring=True)
         dequantized = MergeReport.between(apart, logits_of(model, batches))
     finally:
         unmerge_adapters(model)

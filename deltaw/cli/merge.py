@@ -115,7 +115,7 @@ def _of_4_bits(loaded: Loaded, into: Into | None, in_full: Callable[[], Loaded])
         ConfigError: the base in full precision is asked for, and its files hold 4 bits.
     """
     from deltaw.adapters import host_layers
-    from deltaw.merge import Requantization, make_hosts_dense, unmerge_adapters
+    from deltaw.merge import Requantization, make_hosts_dense, merge_adapters, unmerge_adapters
 
     into = into or Into.dequantized
     full = in_full().model if into == Into.full else None
@@ -124,7 +124,7 @@ def _of_4_bits(loaded: Loaded, into: Into | None, in_full: Callable[[], Loaded])
     base, before = loaded.model.get_base_model(), _probe(loaded.model, loaded.tokenizer)
 
     def drift_of_merging() -> Any:
-        loaded.model.merge_adapter()
+        merge_adapters(base, loaded.model.active_adapters, measuring=True)
         return _drift(before, _probe(loaded.model, loaded.tokenizer))
 
     drifts = {Into.quantized: drift_of_merging()}

@@ -199,7 +199,9 @@ class Story:
 
     @property
     def method(self) -> str:
-        return "QLoRA" if self.settings.load_in_4bit else "LoRA"
+        if self.settings.load_in_4bit:
+            return "QLoRA"
+        return "rsLoRA" if self.settings.recipe.get("use_rslora") else "LoRA"
 
     def compare(self) -> None:
         """In 4 bits: beside the same run in 16, where there is one."""
