@@ -18,7 +18,7 @@ from deltaw.errors import CheckpointError
 from deltaw.quant.codebooks import codebook, dynamic_map
 from deltaw.quant.packed import BLOCKSIZES, QUANT_TYPES, READ_AS, Packed
 
-__all__ = ["KEYS", "STATE", "from_bnb", "stored", "to_bnb"]
+__all__ = ["KEYS", "STATE", "fitting", "from_bnb", "stored", "to_bnb"]
 
 STATE = "weight.quant_state.bitsandbytes__"
 #: every key that one weight may have
@@ -103,6 +103,33 @@ def from_bnb(tensors: Mapping[str, Tensor]) -> Packed:
         getattr(torch, state["dtype"]),
         *([] if nested is None else [state["nested_blocksize"]]),
     )
+
+
+def fitting(tensors: Mapping[str, Tensor], own: Packed, place: str) -> Packed:
+    """:func:`from_bnb`, for a ``place`` ("layer", ...) that keeps a weight as ``own`` is kept.
+
+    Raises:
+        CheckpointError: it is no weight in four bits, or not of this shape or kind.
+    """
+    if [*tensors] == ["weight"] and tensors["weight"].shape == own.shape:
+        raise CheckpointError(
+            f"a weight in full, where this {place} keeps 4 bits: load it into the model before quantize_()"
+        )
+    packed = from_bnb(tensors)
+    faults = [
+        f"{what} is {theirs}, of this {place} {ours}"
+        for what, theirs, ours in [
+            ("shape", tuple(packed.shape), tuple(own.shape)),
+            ("quant_type", packed.quant_type, own.quant_type),
+            ("blocksize", packed.blocksize, own.blocksize),
+            ("double quantization", packed.nested, own.nested),
+            ("nested_blocksize", packed.nested_blocksize, own.nested_blocksize),
+        ]
+        if theirs != ours
+    ]
+    if faults:
+        raise CheckpointError(f"a 4-bit weight does not fit: {'; '.join(faults)}")
+    return packed
 
 
 def _state(blob: Tensor) -> dict[str, Any]:

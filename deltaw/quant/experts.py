@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import CheckpointError
-from deltaw.quant.bnb_format import KEYS, from_bnb, stored, to_bnb
+from deltaw.quant.bnb_format import KEYS, fitting, stored, to_bnb
 from deltaw.quant.lazy import LazyWeight
 from deltaw.quant.ops import dequantize_4bit
-from deltaw.quant.packed import READ_AS, Packed
+from deltaw.quant.packed import READ_AS, Packed, uncast
 
 __all__ = ["PackedExperts", "expert_weights", "keep_dense_", "keep_packed_"]
 
@@ -100,13 +100,8 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """Moves; of packed weights and their statistics it changes the device alone, never the dtype."""
-        held = {id(self._parameters[name]) for name in self.logical_sizes()}
-
-        def uncast(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if id(tensor) not in held or moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(uncast, recurse)  # type: ignore[return-value]
+        held = [self._parameters[name] for name in self.logical_sizes()]
+        return super()._apply(uncast(fn, held), recurse)  # type: ignore[return-value, arg-type]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         own: dict[str, Any] = {}
@@ -133,7 +128,7 @@ class PackedExperts(nn.Module):
                 missing.append(prefix + name)
             else:
                 try:
-                    packed = _fitting(given, packed)
+                    packed = fitting(given, packed, "module")
                 except CheckpointError as error:
                     errors.append(f"{prefix}{name}: {error}")
             storage = self._parameters[name].dtype  # type: ignore[union-attr]
@@ -142,24 +137,6 @@ class PackedExperts(nn.Module):
             self.packed_as[name] = replace(self.packed_as[name], dtype=packed.dtype)
         own |= {k: v for k, v in state_dict.items() if k.startswith(prefix) and k not in taken}
         super()._load_from_state_dict(own, prefix, *rest)
-
-
-def _fitting(given: Mapping[str, Tensor], own: Packed) -> Packed:
-    """
-    Raises:
-        CheckpointError: it is no weight in four bits, or not of this one's shape or kind.
-    """
-    if set(given) == {"weight"} and given["weight"].shape == own.shape:
-        raise CheckpointError("a weight in full, where this module keeps 4 bits: load it before quantize_()")
-    packed = from_bnb(given)
-    kinds = [
-        f"{name} is {getattr(packed, name)}, here {getattr(own, name)}"
-        for name in ("shape", "quant_type", "blocksize", "nested", "nested_blocksize")
-        if getattr(packed, name) != getattr(own, name)
-    ]
-    if kinds:
-        raise CheckpointError(f"a 4-bit weight does not fit: {'; '.join(kinds)}")
-    return packed
 
 
 def _named(key: str, name: str) -> str:

@@ -26,11 +26,10 @@ from deltaw.quant.bnb_format import KEYS, from_bnb
 from deltaw.quant.config import NF4Config
 from deltaw.quant.dequantize import dequantize_
 from deltaw.quant.experts import PackedExperts, expert_weights, keep_packed_
-from deltaw.quant.linear import NF4Linear, unpackable
-from deltaw.quant.ops import quantize_4bit
+from deltaw.quant.linear import NF4Linear, pack, weight_fault
 from deltaw.quant.packed import Packed
 from deltaw.quant.quantize import CONV1D, quantizable, skipped_names
-from deltaw.weights import is_a, is_finite, store_of
+from deltaw.weights import is_a, store_of
 
 __all__ = ["METHOD", "NF4Quantizer", "introduce", "mark_quantized"]
 
@@ -216,14 +215,10 @@ class _Quantize(_Operation):
             weight = weight[0] if isinstance(weight, list) else weight
             if is_a(model.get_submodule(split_name(name)[0]), CONV1D):
                 weight = weight.t()
-            fault = unpackable(weight, config) or (
-                "" if is_finite(weight) else "it has values that are NaN or infinite"
-            )
-            if fault:
+            if fault := weight_fault(weight, config):
                 placed |= self.hf_quantizer.failed(name, fault)
                 continue
-            kind, nested = config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
-            packed = quantize_4bit(weight, kind, config.bnb_4bit_blocksize, nested=nested)
+            packed = pack(weight, config)
             placed |= self.hf_quantizer.place(model, name, packed, config.bnb_4bit_quant_storage)
         return placed
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from deltaw.errors import CheckpointError, ModelError
 from deltaw.quant.autograd import linear
-from deltaw.quant.bnb_format import KEYS, from_bnb, stored, to_bnb
+from deltaw.quant.bnb_format import KEYS, fitting, stored, to_bnb
 from deltaw.quant.ops import quantize_4bit
-from deltaw.quant.packed import READ_AS, Packed
+from deltaw.quant.packed import READ_AS, Packed, uncast
 from deltaw.quant.store import QuantizedWeight
-from deltaw.weights import register_store, store_of
+from deltaw.weights import is_finite, register_store, store_of
 
 if TYPE_CHECKING:
     from deltaw.quant.config import NF4Config  # which imports transformers; a layer does without
@@ -161,13 +161,8 @@ class NF4Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Moves; of the packed weight and its statistics it changes the device alone, never the dtype."""
-        held = {id(parameter) for name in _HELD.values() if (parameter := getattr(self, name)) is not None}
-
-        def uncast(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if id(tensor) not in held or moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(uncast, recurse)  # type: ignore[return-value]
+        held = [parameter for name in _HELD.values() if (parameter := getattr(self, name)) is not None]
+        return super()._apply(uncast(fn, held), recurse)  # type: ignore[return-value]
 
     # --- state dicts in bitsandbytes' keys ------------------------------------------------------------------
 
@@ -193,7 +188,7 @@ class NF4Linear(nn.Linear):
         packed = self.packed  # what is not given, or wrong, stays
         if given:
             try:
-                packed = self._fitting(given)
+                packed = fitting(given, packed, "layer")
             except CheckpointError as error:
                 error_msgs.append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
         else:
@@ -207,31 +202,6 @@ class NF4Linear(nn.Linear):
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.dtype = packed.dtype
 
-    def _fitting(self, given: Mapping[str, Tensor]) -> Packed:
-        """
-        Raises:
-            CheckpointError: it is no weight in four bits, or not of this layer's shape or kind.
-        """
-        if [*given] == ["weight"] and given["weight"].shape == (self.out_features, self.in_features):
-            raise CheckpointError(
-                "a weight in full, where this layer keeps 4 bits: load it into the model before quantize_()"
-            )
-        packed, own = from_bnb(given), self.packed
-        faults = [
-            f"{name} is {theirs}, of this layer {ours}"
-            for name, theirs, ours in [
-                ("shape", tuple(packed.shape), tuple(own.shape)),
-                ("quant_type", packed.quant_type, own.quant_type),
-                ("blocksize", packed.blocksize, own.blocksize),
-                ("double quantization", packed.nested, own.nested),
-                ("nested_blocksize", packed.nested_blocksize, own.nested_blocksize),
-            ]
-            if theirs != ours
-        ]
-        if faults:
-            raise CheckpointError(f"a 4-bit weight does not fit: {'; '.join(faults)}")
-        return packed
-
 
 def unpackable(weight: Tensor, config: NF4Config) -> str:
     """Why ``weight`` cannot be kept as ``config`` says, in words; empty when it can."""
@@ -244,6 +214,13 @@ def unpackable(weight: Tensor, config: NF4Config) -> str:
             f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: use uint8, or skip this layer"
         )
     return ""
+
+
+def weight_fault(weight: Tensor, config: NF4Config) -> str:
+    """The same, or that its values are none to be kept."""
+    if fault := unpackable(weight, config):
+        return fault
+    return "" if weight.is_meta or is_finite(weight) else "has weights that are NaN or infinite"
 
 
 def pack(weight: Tensor, config: NF4Config) -> Packed:

@@ -5,12 +5,13 @@ Plain data in the layout of bitsandbytes (docs/quantization.md); knows nothing o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCKSIZES", "QUANT_TYPES", "READ_AS", "Packed"]
+__all__ = ["BLOCKSIZES", "QUANT_TYPES", "READ_AS", "Packed", "uncast"]
 
 QUANT_TYPES = ("nf4", "fp4")
 #: dtypes that a weight can be quantized from and read back in
@@ -74,3 +75,15 @@ class Packed:
     def to(self, *args: object, **kwargs: object) -> Packed:
         """On another device; what it reads back as stays."""
         return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
+
+
+def uncast(fn: Callable[[Tensor], Tensor], held: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``nn.Module._apply``, which of the ``held`` bytes and statistics changes the device alone, never the
+    dtype."""
+    packed = {id(tensor) for tensor in held}
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if id(tensor) not in packed or new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return moved

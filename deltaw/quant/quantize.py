@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -19,8 +19,8 @@ from deltaw.errors import ModelError
 from deltaw.modules import set_submodule, split_name, weight_owners
 from deltaw.quant.config import NF4Config
 from deltaw.quant.experts import expert_weights, keep_packed_
-from deltaw.quant.linear import NF4Linear, pack, unpackable
-from deltaw.weights import is_a, is_finite, only_multiplies, store_of
+from deltaw.quant.linear import NF4Linear, pack, weight_fault
+from deltaw.weights import is_a, only_multiplies, store_of
 
 __all__ = ["QuantizationReport", "quantizable", "quantize_", "skipped_names"]
 
@@ -116,7 +116,7 @@ def quantize_(
     places = _places(model, patterns, report)
     experts = _experts(model, patterns, report)
     faults = [f"{name} {fault}" for name in places if (fault := _fault(model, name, config))]
-    faults += [f"{name} {fault}" for name in experts if (fault := _weight_fault(_parameter(model, name), config))]
+    faults += [f"{name} {fault}" for name in experts if (fault := weight_fault(_parameter(model, name), config))]
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise ModelError(f"this model cannot be quantized, and was left as it was: {shown}")
@@ -202,13 +202,7 @@ def _fault(model: nn.Module, name: str, config: NF4Config) -> str:
     host = model.get_submodule(split_name(name)[0])
     if getattr(host, "merged_adapters", None):
         return f"holds merged adapters ({', '.join(host.merged_adapters)}): unmerge them first"  # type: ignore[arg-type]
-    return _weight_fault(weight, config)
-
-
-def _weight_fault(weight: Tensor, config: NF4Config) -> str:
-    if fault := unpackable(weight, config):
-        return fault
-    return "" if weight.is_meta or is_finite(weight) else "has weights that are NaN or infinite"
+    return weight_fault(weight, config)
 
 
 def _root(model: nn.Module) -> str:

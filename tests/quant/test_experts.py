@@ -147,7 +147,7 @@ def test_state_dict_has_bitsandbytes_keys_and_loads_strictly(kind, ids):
     assert torch.equal(other(ids).logits, model(ids).logits)
 
     quantize_(fp4 := tiny_moe(kind), NF4Config(bnb_4bit_quant_type="fp4"))
-    with pytest.raises(RuntimeError, match="quant_type is nf4, here fp4"):
+    with pytest.raises(RuntimeError, match="quant_type is nf4, of this module fp4"):
         fp4.load_state_dict(state)
     with pytest.raises(RuntimeError, match="a weight in full, where this module keeps 4 bits"):
         model.load_state_dict(tiny_moe(kind).state_dict(), strict=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import CheckpointError, ModelError
 from deltaw.quant import NF4Config, NF4Linear, dequantize_4bit, from_bnb, quantize_4bit
+from deltaw.quant.bnb_format import fitting
 from deltaw.quant.config import STORAGES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -471,7 +472,7 @@ def test_tied_layers_share_their_bytes():
 
 def test_an_error_of_a_file_names_its_kind():
     with pytest.raises(CheckpointError):
-        made()._fitting({"weight": torch.zeros(24, 40)})
+        fitting({"weight": torch.zeros(24, 40)}, made().packed, "layer")
 
 
 def test_no_warning_is_given():
