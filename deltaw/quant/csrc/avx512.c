@@ -115,16 +115,6 @@ static inline __attribute__((always_inline)) void encode_from(
     }
 }
 
-static inline void encode(
-    const void *x, int dtype, int64_t n, float inverse, const struct dw_codebook *book, uint8_t *codes) {
-    if (dtype == DW_FLOAT32)
-        encode_from(x, DW_FLOAT32, n, inverse, book, codes);
-    else if (dtype == DW_BFLOAT16)
-        encode_from(x, DW_BFLOAT16, n, inverse, book, codes);
-    else
-        encode_from(x, DW_FLOAT16, n, inverse, book, codes);
-}
-
 static inline lanes no_lanes(void) { return (lanes){_mm512_setzero_ps(), _mm512_setzero_ps()}; }
 
 static inline __attribute__((always_inline)) void dot(

@@ -8,11 +8,11 @@
  *   void        expand_half(table, codes, n, out)         n values, in the order of the elements
  *   void        expand_full(table, codes, n, out)
  *   int32_t     largest(x, dtype, n)                      the bits of the largest magnitude, 0 for none
- *   void        encode(x, dtype, n, inverse, book, codes)
+ *   void        encode_from(x, dtype, n, inverse, book, codes)  always inlined: the dtype is a constant in it
  *   void        dot(codes, table, n, x, stride, rows, sum)  sum[r] += <the n values, x + r * stride>, rows <= ROWS
  *   float       total(sum)                                one number of a `lanes`, in which `dot` sums
  *
- * and KERNELS, the name of the table. A block has only 16 values, so each is scaled and rounded once a block, and an
+ * A block has only 16 values, so each is scaled and rounded once a block, and an
  * element costs no more than a look-up. */
 
 /* scales of this many blocks at a time */
@@ -23,6 +23,16 @@
 #define MOST 4096
 
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline void encode(
+    const void *x, int dtype, int64_t n, float inverse, const struct dw_codebook *book, uint8_t *codes) {
+    if (dtype == DW_FLOAT32)
+        encode_from(x, DW_FLOAT32, n, inverse, book, codes);
+    else if (dtype == DW_BFLOAT16)
+        encode_from(x, DW_BFLOAT16, n, inverse, book, codes);
+    else
+        encode_from(x, DW_FLOAT16, n, inverse, book, codes);
+}
 
 static void quantize_4bit(
     const void *x, int dtype, int64_t n, int64_t blocksize, const struct dw_codebook *book, uint8_t *codes,

@@ -45,7 +45,7 @@ static inline int32_t largest(const void *x, int dtype, int64_t n) {
     return most;
 }
 
-static inline void encode(
+static inline __attribute__((always_inline)) void encode_from(
     const void *x, int dtype, int64_t n, float inverse, const struct dw_codebook *book, uint8_t *codes) {
     for (int64_t i = 0; i < n; i += 2) {
         uint8_t even = nibble_of(load(x, dtype, i) * inverse, book);
