@@ -20,6 +20,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -90,20 +91,30 @@ def rotating(make: Callable[[], Any], nbytes: int) -> Callable[[], Any]:
     return lambda: next(made)
 
 
+def reading(shape: tuple[int, int], device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What reads a weight of ``shape`` into bfloat16, each with the bytes that it moves."""
+    elements = shape[0] * shape[1]
+    outs = rotating(lambda: torch.empty(shape, dtype=torch.bfloat16, device=device), 2 * elements)
+    weight = torch.randn(shape, device=device).bfloat16()
+
+    def of(nested: bool) -> tuple[Callable[[], Any], int]:
+        packed = rotating(lambda: quantize_4bit(weight, nested=nested), elements // 2)
+        return lambda: dequantize_4bit(packed(), out=outs()), packed().nbytes() + 2 * elements
+
+    return {
+        "copy": (lambda: outs().copy_(outs()), 4 * elements),
+        "nf4": of(False),
+        "nf4, double quantized": of(True),
+    }
+
+
 def read(args: argparse.Namespace) -> None:
     """Bytes counted once each: a copy reads and writes two an element, dequantization reads about half of one."""
     rows = []
     for shape in SHAPES:
         elements = shape[0] * shape[1]
-        outs = rotating(lambda: torch.empty(shape, dtype=torch.bfloat16, device=args.device), 2 * elements)  # noqa: B023
-        contestants: dict[str, Callable[[], Any]] = {"copy": lambda: outs().copy_(outs())}  # noqa: B023
-        sizes = {"copy": 4 * elements}
-        for name, nested in (("nf4", False), ("nf4, double quantized", True)):
-            weight = torch.randn(shape, device=args.device).bfloat16()
-            packed = rotating(lambda: quantize_4bit(weight, nested=nested), elements // 2)  # noqa: B023
-            sizes[name] = packed().nbytes() + 2 * elements
-            contestants[name] = lambda packed=packed, outs=outs: dequantize_4bit(packed(), out=outs())
-        seconds = measured(contestants, args, 2 if args.dry else 40)
+        ways = reading(shape, args.device)
+        seconds = measured({name: call for name, (call, _) in ways.items()}, args, 2 if args.dry else 40)
         middle = {name: statistics.median(values) for name, values in seconds.items()}
         for name, values in seconds.items():
             rows.append(
@@ -112,7 +123,7 @@ def read(args: argparse.Namespace) -> None:
                     name,
                     spread([1e6 * value for value in values], 1),
                     f"{elements / middle[name] / 1e9:,.0f}",
-                    f"{sizes[name] / middle[name] / 1e9:,.0f}",
+                    f"{ways[name][1] / middle[name] / 1e9:,.0f}",
                     f"{middle[name] / middle['copy']:.2f}",
                 ]
             )
@@ -120,23 +131,28 @@ def read(args: argparse.Namespace) -> None:
     print(f"\nReading into bfloat16\n\n{table(head, rows)}")
 
 
+def products(x: Tensor, packed: Callable[[], Any], dense: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The ways to multiply ``x`` (n, in) by a weight that is there in 4 bits and in bfloat16."""
+    wide = x.float()  # so that the adapters are added before anything is rounded
+    return {
+        "bfloat16": lambda: nn.functional.linear(x, dense()),
+        "fused": lambda: linear_4bit(x, packed()),
+        "fused, as layers do": lambda: linear_4bit(wide, packed()),
+        "read out": lambda: nn.functional.linear(x, dequantize_4bit(packed())),
+    }
+
+
 def few_rows(args: argparse.Namespace) -> None:
     """The fused product, bfloat16's own, and reading the weight out for it; errors against the weight in float64."""
     rows = []
     for shape in SHAPES:
         weight = torch.randn(shape, device=args.device).bfloat16() / shape[1] ** 0.5
-        packed = rotating(lambda: quantize_4bit(weight, nested=True), weight.numel() // 2)  # noqa: B023
+        packed = rotating(partial(quantize_4bit, weight, nested=True), weight.numel() // 2)
         exact = dequantize_4bit(packed())
-        dense = rotating(lambda: exact.clone(), exact.nbytes)  # noqa: B023
+        dense = rotating(exact.clone, exact.nbytes)
         for n in ROWS:
             x = torch.randn(n, shape[1], device=args.device).bfloat16()
-            wide = x.float()  # so that the adapters are added before anything is rounded
-            contestants: dict[str, Callable[[], Any]] = {
-                "bfloat16": lambda: nn.functional.linear(x, dense()),  # noqa: B023
-                "fused": lambda: linear_4bit(x, packed()),  # noqa: B023
-                "fused, as layers do": lambda: linear_4bit(wide, packed()),  # noqa: B023
-                "read out": lambda: nn.functional.linear(x, dequantize_4bit(packed())),  # noqa: B023
-            }
+            contestants = products(x, packed, dense)
             right = x.double() @ exact.double().T
             seconds = measured(contestants, args, 2 if args.dry else 40)
             middle = {name: statistics.median(values) for name, values in seconds.items()}

@@ -6,6 +6,7 @@ Methods come from the catalogue and the registry; a layer is alone in its model.
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -131,3 +132,13 @@ def refusal(case: str, layer: str, library: Any = deltaw) -> str:
             raise
         return str(error) or type(error).__name__
     return ""
+
+
+@torch.no_grad()
+def stirred(model: Any, size: float = 0.3) -> Any:
+    """With noise on all that the adapters hold, alike for equal names, as after training."""
+    for name, parameter in model.named_parameters():
+        if ".base_layer." not in name and "ranknum" not in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter += (torch.randn(parameter.shape, generator=generator) * size).to(parameter.dtype)
+    return model

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
-
 import hypothesis.strategies as st
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from matrix import CASES, LAYERS, Case, Holder, adapted, base, refusal
+from matrix import CASES, LAYERS, Case, Holder, adapted, base, refusal, stirred
 from peer import close
 from torch import Tensor, nn
 
@@ -46,16 +44,6 @@ with_several_of_peft_s = pytest.mark.parametrize(
 )
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 counts = pytest.mark.parametrize("names", [ONE, SEVERAL], ids=["one", "several"])
-
-
-@torch.no_grad()
-def stirred(model, size: float = 0.3):
-    """With noise on all that the adapters hold, alike for equal names, as after training."""
-    for name, parameter in model.named_parameters():
-        if ".base_layer." not in name and "ranknum" not in name:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            parameter += (torch.randn(parameter.shape, generator=generator) * size).to(parameter.dtype)
-    return model
 
 
 def host_of(model) -> HostLayer:

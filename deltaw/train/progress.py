@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["ProgressCallback"]
+__all__ = ["ProgressCallback", "resident"]
 
 # Where a log may carry its throughput and its count of tokens, the first that is there wins.
 _RATE_KEYS = ("tokens_per_second", "train_tokens_per_second")
@@ -164,17 +164,17 @@ def _memory() -> str:
     """Memory in use: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return f"{torch.cuda.memory_allocated() / _BYTES**3:.1f} GiB GPU"
-    return f"{_resident() / _BYTES**3:.1f} GiB"
+    return f"{resident() / _BYTES**3:.1f} GiB"
 
 
-def _resident() -> float:
+def resident() -> int:
     """Bytes of this process in memory; where the system does not tell, the largest it has been."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     except (OSError, IndexError, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * _BYTES
+        return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts it in KiB
 
 
 def _clock(seconds: float) -> str:

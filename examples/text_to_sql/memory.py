@@ -1,23 +1,18 @@
-"""What a model's weights take, and the most memory that a piece of work had at once. Knows nothing of the demo."""
+"""The most memory that a piece of work had at once. Knows nothing of the demo."""
 
 from __future__ import annotations
 
-import resource
 import threading
 from types import TracebackType
 from typing import Any
 
 import torch
 
-__all__ = ["Peak", "held"]
+from deltaw.train.progress import resident
+
+__all__ = ["Peak"]
 
 SECONDS = 0.02  # between two looks
-
-
-def held(model: Any) -> int:
-    """Bytes of all parameters and buffers of ``model``, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class Peak:
@@ -48,14 +43,6 @@ class Peak:
 
     def _look(self) -> None:
         while True:
-            self.bytes = max(self.bytes, _resident())
+            self.bytes = max(self.bytes, resident())
             if self._done.wait(SECONDS):
                 return
-
-
-def _resident() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:  # no Linux: the most it ever was
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

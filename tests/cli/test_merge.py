@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from commandline import run
 from tinychat import save_tiny, write_rows
 
 from deltaw.cli import main
 from deltaw.loading import load_model
 from deltaw.quant import NF4Config, NF4Linear
-
-
-def run(capsys, *words: object):
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")

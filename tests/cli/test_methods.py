@@ -6,19 +6,12 @@ import json
 
 import pytest
 import torch
+from commandline import run
 from tinychat import save_tiny, tiny_model, write_rows
 
 import deltaw
-from deltaw.cli import main
 from deltaw.methods import INITIALISERS, METHODS
 from deltaw.skeleton import count_trainable, skeleton
-
-
-def run(capsys, *words: object):
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")

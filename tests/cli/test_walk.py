@@ -7,16 +7,10 @@ import json
 import sys
 
 import pytest
+from commandline import run
 from tinychat import save_tiny, write_rows
 
 from deltaw.cli import main
-
-
-def run(capsys, *words: object):
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return left.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ as, and against PEFT over bitsandbytes."""
 from __future__ import annotations
 
 import copy
-import zlib
 
 import bnb
 import peft
 import pytest
 import torch
-from matrix import CASES, Holder
+from matrix import CASES, Holder, stirred
 from peer import close
 from torch import Tensor, nn
 
@@ -61,16 +60,6 @@ def adapted(case: str, kind: str, dtype: torch.dtype = torch.float32, names: tup
     if len(names) > 1 and case not in TAKEN:
         model.set_adapter(list(names))
     return model.eval()
-
-
-@torch.no_grad()
-def stirred(model, size: float = 0.3):
-    """With noise on what the adapters hold, alike for equal names, as after training."""
-    for name, parameter in model.named_parameters():
-        if ".base_layer." not in name and "ranknum" not in name:
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            parameter += (torch.randn(parameter.shape, generator=generator) * size).to(parameter.dtype)
-    return model
 
 
 def host_of(model) -> HostLayer:
