@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from deltaw.adapterfields import ADAPTER_GROUPS, AdapterFields, Fault, belongs, methods_of
+from deltaw.datafields import DATA_GROUP, DataFields
 from deltaw.errors import ConfigError, did_you_mean
 from deltaw.fieldtypes import Dtype, Int, Pieces, QuantType, Resume, SaveStrategy, Strategy, setting
 from deltaw.methods import METHODS
@@ -25,7 +26,7 @@ from deltaw.runfile import read_run_file
 __all__ = ["ALIASES", "GROUPS", "CrossFaults", "Fault", "RunConfig", "group_of", "keys_of", "load_run_config"]
 
 _SHOWN = 80  # characters of a value that an error repeats
-GROUPS = ("Model", "Data", *ADAPTER_GROUPS, "Training", "Evaluation", "Saving and logging")
+GROUPS = ("Model", DATA_GROUP, *ADAPTER_GROUPS, "Training", "Evaluation", "Saving and logging")
 
 #: keys that say how weights are kept in 4 bits, by the names of NF4Config
 QUANTIZATION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
@@ -46,12 +47,12 @@ class CrossFaults(ValueError):
         super().__init__("; ".join(f"{f.key} = {f.value!r}: {f.why}; {f.cure}" for f in faults))
 
 
-_model, _data, _training, _evaluation, _saving = (
-    partial(setting, group) for group in GROUPS if group not in ADAPTER_GROUPS
+_model, _training, _evaluation, _saving = (
+    partial(setting, group) for group in GROUPS if group not in (DATA_GROUP, *ADAPTER_GROUPS)
 )
 
 
-class RunConfig(AdapterFields):
+class RunConfig(AdapterFields, DataFields):
     """One fine-tuning run. Immutable; unknown keys are refused; ``preset`` fills what is not given.
 
     Built directly it raises pydantic's ``ValidationError`` (a ``ValueError``);
@@ -75,23 +76,6 @@ class RunConfig(AdapterFields):
     bnb_4bit_quant_type: QuantType = _model("nf4", "Which 4 bits: nf4, or fp4, which errs more.")
     bnb_4bit_use_double_quant: bool = _model(True, "Quantize the scales too: 4.127 bits a weight, not 4.5.")
     bnb_4bit_compute_dtype: Dtype = _model("auto", "Type that 4-bit layers compute in; auto: that of their input.")
-
-    dataset_name: str = _data(..., "Training rows: a file (jsonl, json, csv, parquet), a folder, or a hub id.")
-    dataset_train_split: str = _data("train", "Split of the dataset to train on.")
-    dataset_test_split: str | None = _data(None, "Split of the dataset to evaluate on.")
-    eval_dataset_name: str | None = _data(None, "Evaluation rows from a dataset of their own.")
-    val_size: float = _data(0.0, "Share of the training rows to hold out for evaluation.", ge=0, lt=1)
-    max_train_samples: Int | None = _data(None, "Train on N rows, drawn by the seed.", gt=0)
-    max_eval_samples: Int | None = _data(None, "Evaluate on N rows.", gt=0)
-    dataset_text_field: str = _data("text", "Column of plain-text rows.")
-    max_length: Int = _data(1024, "Longest example, in tokens.", gt=1)
-    allow_truncation: bool = _data(False, "Accept that max_length cuts text that would be trained on.")
-    chat_template_path: str | None = _data(None, "A jinja file to use in place of the tokenizer's template.")
-    packing: bool = _data(False, "Join short examples into full rows; attention never crosses examples.")
-    completion_only_loss: bool | None = _data(
-        None, "Train on the completion only; unset: yes wherever there is a prompt."
-    )
-    assistant_only_loss: bool = _data(False, "Train on the assistant's turns and on nothing else.")
 
     per_device_train_batch_size: Int = _training(8, "Examples a device and micro-step.", gt=0)
     gradient_accumulation_steps: Int = _training(1, "Micro-steps an optimizer step; averaged per token.", gt=0)
@@ -119,6 +103,15 @@ class RunConfig(AdapterFields):
     use_cpu: bool = _training(False, "Stay on the CPU even if there is a GPU.")
     dataloader_num_workers: Int = _training(0, "Processes that collate batches.", ge=0)
     seed: Int = _training(42, "Seed of the adapter's weights, the dropout and the order of the data.", ge=0)
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _training(
+        "random", "Order of the examples: drawn anew each epoch, as they are, or those of like length together."
+    )
+    max_nonfinite_steps: Int = _training(
+        3, "Stop after N steps in a row whose loss or gradient is not finite; each is skipped and counted.", ge=0
+    )
+    memory_limit: str | None = _training(
+        None, "Most memory a run may take (24GiB); beyond it, it stops and says what takes most. Unset: what there is."
+    )
     data_seed: Int | None = _training(None, "Another seed for the order of the data.", ge=0)
 
     eval_strategy: Strategy = _evaluation("no", "When to evaluate while training; it is always done at the end.")
@@ -126,12 +119,17 @@ class RunConfig(AdapterFields):
     per_device_eval_batch_size: Int = _evaluation(8, "Examples a device when evaluating.", gt=0)
     load_best_model_at_end: bool = _evaluation(False, "Keep the best evaluated adapter, not the last.")
     metric_for_best_model: str | None = _evaluation(None, "What best means; unset: loss.")
+    early_stopping_patience: Int | None = _evaluation(
+        None, "Stop after N evaluations without an improvement; the best adapter is kept.", gt=0
+    )
+    early_stopping_threshold: float = _evaluation(0.0, "Smaller improvements do not count.", ge=0)
+    eval_answers: Int = _evaluation(0, "Questions answered and scored at each evaluation; 0: only the loss.", ge=0)
     greater_is_better: bool | None = _evaluation(None, "Whether more of it is better; unset: by its name.")
 
     output_dir: str = _saving("trainer_output", "Where the adapter, its tokenizer and the results go.")
     overwrite_output_dir: bool = _saving(False, "Replace an adapter that is already in output_dir.")
     resume_from_checkpoint: Resume = _saving(
-        None, "Go on from a checkpoint folder; true: the newest complete one in output_dir."
+        None, "Go on from a checkpoint: its folder; true: the newest complete one in output_dir; auto: that, if any is."
     )
     save_strategy: SaveStrategy = _saving("steps", "When to write a checkpoint.")
     save_steps: Int = _saving(500, "Steps between checkpoints.", gt=0)
@@ -144,7 +142,7 @@ class RunConfig(AdapterFields):
 
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
-        if faults := [*self.adapter_faults(), *_faults_together(self)]:
+        if faults := [*self.adapter_faults(), *self.data_faults(), *_faults_together(self)]:
             raise CrossFaults(faults)
         self._notes.extend(_notes_on(self))
         return self
@@ -215,8 +213,6 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
         for name in QUANTIZATION:
             if c.changed(name):
                 yield fault(name, "nothing reads it while load_in_4bit is false", "load_in_4bit: true")
-    if c.packing:
-        yield fault("packing", "packing is not supported yet", "leave it out")
     if c.bf16 and c.fp16:
         yield fault("fp16", "bf16 is set too, and only one can be", "keep bf16 where the device has it")
     if why := name_fault(c.optim):

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -18,29 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, set_seed
 
 import deltaw
-from deltaw import PeftConfig, PeftModel
+from deltaw import PeftConfig
 from deltaw.config import RunConfig
-from deltaw.data import (
-    CheckReport,
-    Collator,
-    Rendered,
-    RenderSettings,
-    check_rendered,
-    load_rows,
-    render_all,
-)
-from deltaw.errors import CheckpointError, ConfigError
-from deltaw.evaluate.generate import inference
-from deltaw.loading import load_model, load_tokenizer, resolve_model
+from deltaw.data import Rendered
+from deltaw.errors import ConfigError
+from deltaw.loading import load_model, resolve_model
 from deltaw.methods import METHODS
 from deltaw.provenance import base_fingerprint, rows_fingerprint, text_fingerprint, versions
 from deltaw.quant.config import NF4Config
+from deltaw.rundata import RunData, prepare_data
 from deltaw.train import SFTConfig, SFTTrainer
 from deltaw.train.progress import ProgressCallback
+from deltaw.verify import Parity, verify_saved
 
 __all__ = [
     "Parity",
@@ -55,38 +46,6 @@ __all__ = [
 
 Tell = Callable[[str], object]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-_PROBES = 4  # examples that the reloaded adapter is compared on
-_TOLERANCE = 1e-5  # of the largest logit: the same arithmetic twice, on a device that may reorder its sums
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The rows of a run, rendered and checked."""
-
-    tokenizer: Any
-    rows: list[dict[str, Any]]
-    rendered: list[Rendered]
-    eval_rendered: list[Rendered] | None
-    report: CheckReport
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The adapter read back from disk, compared by its logits on a few training examples.
-
-    Attributes:
-        trained: largest difference from the model that was trained; 0 means bit for bit.
-        base: largest difference from the base alone.
-        scale: largest logit.
-    """
-
-    trained: float
-    base: float
-    scale: float
-
-    def __str__(self) -> str:
-        same = "bit for bit the trained model" if self.trained == 0 else f"the trained model to {self.trained:.1e}"
-        return f"{same}; it moves the base's logits by up to {self.base:.2g}"
 
 
 @dataclass(frozen=True)
@@ -173,36 +132,6 @@ def check_run(config: RunConfig, *, on_event: Tell | None = None) -> dict[str, A
     return _report(prepare_data(config, on_event or (lambda event: None)))
 
 
-def prepare_data(config: RunConfig, tell: Tell) -> RunData:
-    """Rows read, rendered with the tokenizer that will be saved, and checked.
-
-    Raises:
-        DataError: what is wrong with the rows, all at once.
-    """
-    tokenizer = load_tokenizer(config.model_name_or_path, chat_template=config.chat_template_path)
-    settings = RenderSettings(
-        max_length=config.max_length,
-        completion_only_loss=config.completion_only_loss,
-        assistant_only_loss=config.assistant_only_loss,
-        text_field=config.dataset_text_field,
-        allow_truncation=config.allow_truncation,
-    )
-    rows, eval_rows = _read_rows(config)
-    tell(f"read {len(rows):,} rows" + ("" if eval_rows is None else f", {len(eval_rows):,} to evaluate on"))
-    rendered = render_all(rows, tokenizer, settings)
-    eval_rendered = None if eval_rows is None else render_all(eval_rows, tokenizer, settings)
-    report = check_rendered(
-        rendered,
-        tokenizer,
-        settings,
-        eval_rendered=eval_rendered,
-        batch_size=config.per_device_train_batch_size,
-    )
-    report.raise_if_bad()
-    tell(str(report))
-    return RunData(tokenizer, rows, rendered, eval_rendered, report)
-
-
 def load_base(config: RunConfig) -> Any:
     """The base model as the run wants it."""
     return load_model(
@@ -253,65 +182,6 @@ def adapter_config(config: RunConfig, steps: int) -> PeftConfig:
     return kind(**values, task_type="CAUSAL_LM")
 
 
-def verify_saved(
-    model: Any, folder: str | Path, rendered: list[Rendered], fresh_base: Callable[[], Any] | None = None
-) -> Parity:
-    """Reads the adapter in ``folder`` back from disk and compares its logits with the trained one's.
-
-    Args:
-        model: the trained ``PeftModel``; it is left as it was found.
-        folder: where its adapter was saved.
-        rendered: training examples; the shortest few are compared on.
-        fresh_base: loads another base to put the adapter on; None puts it beside the trained one on the same
-            base, which needs no second copy of the weights but is wrong where the base's biases were trained.
-
-    Raises:
-        CheckpointError: the adapter read back is not the trained one, or it does not change the base.
-    """
-    shortest = sorted(rendered, key=lambda one: len(one.input_ids))[:_PROBES]
-    batch = Collator(pad_token_id=0)([one.as_features() for one in shortest])
-    device = next(model.parameters()).device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    seen = batch["attention_mask"].bool()
-
-    def logits(of: Any) -> torch.Tensor:  # (tokens, vocabulary)
-        with inference(of):
-            return of(**inputs).logits.float().cpu()[seen]
-
-    trained = logits(model)
-    if fresh_base is not None:
-        other = fresh_base().to(device)
-        base = logits(other)
-        reloaded = logits(PeftModel.from_pretrained(other, str(folder)))
-    else:
-        with model.disable_adapter():
-            base = logits(model)
-        trained_name = model.active_adapter
-        model.load_adapter(str(folder), adapter_name="reloaded")
-        try:
-            model.set_adapter("reloaded")
-            reloaded = logits(model)
-        finally:
-            model.set_adapter(trained_name)
-            model.delete_adapter("reloaded")
-    parity = Parity(
-        trained=float((reloaded - trained).abs().max()),
-        base=float((reloaded - base).abs().max()),
-        scale=float(trained.abs().max()),
-    )
-    if not parity.trained <= _TOLERANCE * parity.scale:
-        raise CheckpointError(
-            f"the adapter in {folder} is not the one that was trained: read back, its logits differ by up to "
-            f"{parity.trained:.3g} (the largest is {parity.scale:.3g}); do not use it, and report this"
-        )
-    if parity.base == 0:
-        raise CheckpointError(
-            f"the adapter in {folder} changes nothing: its logits are the base's. Nothing was learned; "
-            "look at learning_rate, max_steps, warmup_steps and the loss in trainer_state.json"
-        )
-    return parity
-
-
 # --- the small steps ----------------------------------------------------------------------------------------
 
 
@@ -355,20 +225,6 @@ def _forget_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if _CHECKPOINT.fullmatch(checkpoint.name) and not checkpoint.is_symlink():
             shutil.rmtree(checkpoint)
-
-
-def _read_rows(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    rows = load_rows(config.dataset_name, config.dataset_train_split, limit=config.max_train_samples, seed=config.seed)
-    held_out = None
-    if config.val_size:
-        chosen = set(random.Random(config.seed).sample(range(len(rows)), max(1, round(config.val_size * len(rows)))))
-        held_out = [row for i, row in enumerate(rows) if i in chosen][: config.max_eval_samples]
-        rows = [row for i, row in enumerate(rows) if i not in chosen]
-    elif config.evaluates:
-        name = config.eval_dataset_name or config.dataset_name
-        split = config.dataset_test_split
-        held_out = load_rows(name, split, limit=config.max_eval_samples, seed=config.seed)
-    return rows, held_out
 
 
 def _last_evaluation(config: RunConfig, trainer: SFTTrainer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ OWN_KEYS = {
     "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "load_in_4bit",
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
     "dataset_name", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "val_size",
-    "max_train_samples", "max_eval_samples", "chat_template_path", "allow_truncation", "method", "preset",
+    "max_train_samples", "max_eval_samples", "chat_template_path", "overlong", "allow", "method", "preset",
     "overwrite_output_dir",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from deltaw.data.render import (
     render_prompt,
     stop_token_ids,
 )
+from deltaw.data.tokens import TokenDataset
 
 __all__ = [
     "IGNORE",
@@ -24,6 +25,7 @@ __all__ = [
     "Example",
     "RenderSettings",
     "Rendered",
+    "TokenDataset",
     "as_rows",
     "check_rendered",
     "detect_format",

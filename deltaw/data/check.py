@@ -159,11 +159,11 @@ def _find_problems(
         f"lose every supervised token to max_length={limit}: raise it, or drop these rows",
         report.problems,
     )
-    if not settings.allow_truncation:
+    if settings.overlong != "truncate":
         find(
             lambda example: example.supervised > 0 and example.cut_supervised > 0,
             f"lose part of the supervised text, its stop token included, to max_length={limit}: "
-            "raise it, shorten them, or set allow_truncation=True",
+            "raise it, shorten them, or set overlong='truncate'",
             report.problems,
         )
     find(
@@ -199,7 +199,7 @@ def _find_problems(
         "supervise nothing but one token: an empty answer?",
         report.notes,
     )
-    if settings.allow_truncation:
+    if settings.overlong == "truncate":
         find(lambda example: example.cut_supervised > 0, f"are cut to max_length={limit}", report.notes)
 
 

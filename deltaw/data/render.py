@@ -45,7 +45,10 @@ class RenderSettings:
             not conversations. With ``completion_only_loss=False`` the assistant's turns within the prompt
             count as well.
         text_field: the column of plain text.
-        allow_truncation: `check_rendered` then accepts that truncation cuts supervised tokens.
+        last_turn_only_loss: the loss covers the last answer of a conversation and nothing else.
+        dataset_format: of the rows, as `deltaw.data.formats` names them; "auto" looks at their keys.
+        overlong: what becomes of an example longer than `max_length`: "error" (found by the check), "drop",
+            "truncate_prompt" (cut from the left, the answer stays whole), or "truncate" (cut on the right).
         chat_template: used in place of the tokenizer's own.
     """
 
@@ -53,7 +56,9 @@ class RenderSettings:
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     text_field: str = "text"
-    allow_truncation: bool = False
+    last_turn_only_loss: bool = False
+    dataset_format: str = "auto"
+    overlong: str = "error"
     chat_template: str | None = None
 
     def __post_init__(self) -> None:

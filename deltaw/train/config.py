@@ -27,9 +27,19 @@ class SFTConfig(TrainingArguments):
         completion_only_loss: loss on the completion only; None: wherever a row has one.
         assistant_only_loss: loss on the assistant's turns only (it is so for ``messages`` in any case).
         dataset_text_field: the column of plain-text rows.
-        allow_truncation: let ``max_length`` cut supervised text.
-        chat_template: a chat template in place of the tokenizer's.
-        packing: several examples in one row; not supported yet.
+        last_turn_only_loss: loss on the last answer of a conversation only.
+        dataset_format: of the rows; ``auto`` looks at their keys.
+        overlong: what becomes of an example longer than ``max_length``: ``error``, ``drop``, ``truncate_prompt`` (from
+            the left), or ``truncate`` (its end, supervised text included).
+        chat_template: a chat template in place of the tokenizer's: its text, or a name (``chatml``, ...).
+        packing: several examples in one row, each seeing only itself.
+        padding_free: a batch is one row without padding, each example seeing only itself.
+        dataset_num_proc: processes that tokenize; None: as many as help.
+        dataset_cache: keep the tokens for the next run with the same data, tokenizer, template and options.
+        allow: findings of the check that shall not stop the run, by name.
+        max_nonfinite_steps: stop after as many steps in a row whose loss or gradient is not finite.
+        memory_limit: the most memory that the process may take on a CPU (``"24GiB"``).
+        eval_answers: questions answered and scored at each evaluation.
         fast_loss: supervised-row loss and lean blocks; False runs the model's own forward.
         max_seq_length: older name of ``max_length``.
         model_init_kwargs: passed on when ``model`` is given by name.
@@ -48,9 +58,18 @@ class SFTConfig(TrainingArguments):
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     dataset_text_field: str = "text"
-    allow_truncation: bool = False
+    last_turn_only_loss: bool = False
+    dataset_format: str = "auto"
+    overlong: str = "error"
     chat_template: str | None = None
     packing: bool = False
+    padding_free: bool = False
+    dataset_num_proc: int | None = None
+    dataset_cache: bool = False
+    allow: list[str] = dataclasses.field(default_factory=list)
+    max_nonfinite_steps: int = 3
+    memory_limit: str | None = None
+    eval_answers: int = 0
     fast_loss: bool = True
     max_seq_length: int | None = None
     model_init_kwargs: dict[str, Any] | None = None
@@ -60,8 +79,8 @@ class SFTConfig(TrainingArguments):
             log.warning("max_seq_length is called max_length now; taking it as such")
             self.max_length, self.max_seq_length = self.max_seq_length, None
         faults = []
-        if self.packing:
-            faults.append("packing=True is not supported yet; train_sampling_strategy='group_by_length' saves padding")
+        if self.packing and self.padding_free:
+            faults.append("packing and padding_free: packed rows have no padding already; keep one of the two")
         if self.max_length is not None and self.max_length < 2:
             faults.append(f"max_length={self.max_length}: an example needs at least two tokens")
         optim = str(getattr(self.optim, "value", self.optim))
@@ -86,6 +105,8 @@ class SFTConfig(TrainingArguments):
             completion_only_loss=self.completion_only_loss,
             assistant_only_loss=self.assistant_only_loss,
             text_field=self.dataset_text_field,
-            allow_truncation=self.allow_truncation,
+            last_turn_only_loss=self.last_turn_only_loss,
+            dataset_format=self.dataset_format,
+            overlong=self.overlong,
             chat_template=self.chat_template,
         )

@@ -6,37 +6,34 @@ whether or not PEFT is installed: what transformers asks of PEFT's classes is an
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer import OPTIMIZER_NAME
 
-from deltaw import checkpoint
 from deltaw.adapters import PeftConfig
 from deltaw.data import Collator, as_rows, check_rendered, render_all
 from deltaw.errors import ConfigError, ModelError
 from deltaw.loading import load_model, load_tokenizer
 from deltaw.model import PeftModel, get_peft_model
 from deltaw.modules import dtype_of
-from deltaw.optim import mapped_loads, optimizer_for, state_bytes
+from deltaw.optim import optimizer_for, state_bytes
 from deltaw.train.config import SFTConfig
 from deltaw.train.fast import compile_layers, fast_blocks
+from deltaw.train.files import RunFiles
 from deltaw.train.loss import causal_lm_loss, require_fast_loss
-from deltaw.train.steering import SteeringCallback, prepare_resume, read_state, restore, save_state
+from deltaw.train.steering import SteeringCallback
 
 __all__ = ["SFTTrainer"]
 
 log = logging.getLogger("deltaw")
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(RunFiles):
     """Fine-tunes a causal language model on rows of text.
 
     Args:
@@ -218,56 +215,7 @@ class SFTTrainer(Trainer):
                 metrics[key.removesuffix("loss") + "perplexity"] = math.exp(min(value, 700.0))
         return metrics
 
-    # --- files --------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not isinstance(whole, PeftModel):
-            super()._save(output_dir, state_dict)
-            return
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        whole.save_pretrained(folder)
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            self.processing_class.save_pretrained(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if isinstance(self.model, PeftModel) and self.args.should_save:
-            save_state(self.model, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        reading: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if checkpoint is not None and getattr(getattr(self.optimizer, "optimizer", None), "paged", False):
-            # paged states are copied to where they live; other optimizers keep the very tensors that were loaded
-            reading = mapped_loads(Path(checkpoint, OPTIMIZER_NAME))
-        with reading:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        whole = self.model if model is None else model
-        if not isinstance(whole, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        self._load_adapters(whole, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel):
-            self._load_adapters(self.model, str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
-
-    @staticmethod
-    def _load_adapters(model: PeftModel, folder: str) -> None:
-        """The weights of every adapter in a checkpoint, strictly, into the adapters that are in place."""
-        states = read_state(folder)
-        for name, config in model.peft_config.items():
-            where = Path(folder) if name == "default" else Path(folder) / name
-            tensors = checkpoint.read_tensors(where)
-            prepare_resume(model, name, where)
-            checkpoint.load_tensors(model.get_base_model(), name, config, tensors, str(where))
-            restore(model, name, states)
+    # --- what transformers asks
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids"]

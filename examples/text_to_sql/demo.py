@@ -32,6 +32,7 @@ __all__ = ["RECIPE", "Settings", "main", "run"]
 RECIPE: dict[str, Any] = {
     "r": 16,
     "lora_alpha": 32,
+    "use_rslora": True,
     "lora_dropout": 0.0,
     "target_modules": "all-linear",
     "learning_rate": 1e-3,

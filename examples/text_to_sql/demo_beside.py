@@ -57,5 +57,5 @@ class Beside:
         ]
         for split, name in SPLIT_NAMES.items():
             if all(split in run["after"] for run in runs):
-                lines.append((f"right: {name}", [f"{run['after'][split]['value']:.0%}" for run in runs]))
+                lines.append((name, [f"{run['after'][split]['value']:.0%}" for run in runs]))
         return [(what, *cells) for what, cells in lines]  # type: ignore[misc]

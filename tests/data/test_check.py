@@ -34,16 +34,16 @@ def test_truncation_of_supervised_text_is_a_problem_unless_allowed(smol):
     rendered = render_all([row("one two three four"), row("one")], smol, strict)
     report = check_rendered(rendered, smol, strict)
     assert (report.truncated, report.truncated_supervised) == (1, 1)
-    with pytest.raises(DataError, match=r"max_length=\d+.*allow_truncation=True \(rows 0\)"):
+    with pytest.raises(DataError, match=r"max_length=\d+.*overlong='truncate' \(rows 0\)"):
         report.raise_if_bad()
-    allowed = RenderSettings(max_length=length, allow_truncation=True)
+    allowed = RenderSettings(max_length=length, overlong="truncate")
     report = check_rendered(rendered, smol, allowed)
     assert report.problems == []
     assert "are cut to max_length" in report.notes[0]
 
 
 def test_an_example_without_supervised_tokens_is_always_a_problem(smol):
-    settings = RenderSettings(max_length=10, allow_truncation=True)
+    settings = RenderSettings(max_length=10, overlong="truncate")
     report = check_rendered(render_all([row("a")], smol, settings), smol, settings)
     assert "lose every supervised token to max_length=10" in report.problems[0]
     question = render({"messages": [{"role": "user", "content": "a"}]}, smol)
