@@ -1,15 +1,23 @@
-"""The model card that lies beside a saved adapter: the header that the hub reads, and how to load the
-adapter."""
+"""The model card beside a saved adapter: the header that the hub reads, how to load it, and how it came about.
+
+Knows nothing of runs but the words it is given.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaw.adapters import PeftConfig
 from deltaw.adapters.config import BASE_CLASSES
+from deltaw.atomic import write_text
 
-__all__ = ["write_card"]
+__all__ = ["MARK", "RunFacts", "write_card"]
+
+#: the line by which a card of ours is known; any other card is the user's
+MARK = "<!-- deltaw wrote this card. Without this line it is yours, and stays as it is. -->"
 
 #: task_type -> the hub's name for it
 PIPELINES = {
@@ -22,11 +30,33 @@ PIPELINES = {
 }
 
 
-def write_card(folder: Path, config: PeftConfig) -> None:
-    """Writes ``README.md`` into ``folder``; a card that is there already is the user's and is left alone."""
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card says of the run that trained the adapter, in words.
+
+    Attributes:
+        figures: losses, scores, speed.
+        origin: what it was made of: base model and its hash, data and template fingerprints, versions.
+        proof: sentences on the adapter read back from disk.
+        command: how the run was started.
+        picture: name of the file with the loss curve, beside the card; None without one.
+    """
+
+    figures: Mapping[str, str]
+    origin: Mapping[str, str]
+    proof: Sequence[str] = field(default_factory=list)
+    command: str = ""
+    picture: str | None = None
+
+
+def write_card(folder: Path, config: PeftConfig, run: RunFacts | None = None) -> bool:
+    """Writes ``README.md`` into ``folder``; returns whether it did.
+
+    A card of the user's is left alone; one of ours is replaced where ``run`` says more than it.
+    """
     path = folder / "README.md"
-    if path.exists():
-        return
+    if path.exists() and (run is None or MARK not in path.read_text(encoding="utf-8", errors="replace")):
+        return False
     base = config.base_model_name_or_path or ""
     task = str(config.task_type)
     pipeline, auto = PIPELINES.get(task), BASE_CLASSES.get(task, "AutoModel")
@@ -42,20 +72,40 @@ def write_card(folder: Path, config: PeftConfig) -> None:
         header.append(f"- {json.dumps(f'base_model:adapter:{listed}')}")
     header += [f"- {method}", "- transformers", "- deltaw"]
     settings = {k: v for k, v in config.to_dict().items() if k in SHOWN and v not in (None, {}, [], False)}
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items())
-    path.write_text(
+    write_text(
+        path,
         "---\n" + "\n".join(header) + "\n---\n\n"
         f"# {config.peft_type!s} adapter\n\n"
         f"A low-rank adapter for `{base or 'its base model'}`, in PEFT's format.\n\n"
-        f"| setting | value |\n| --- | --- |\n{rows}\n\n"
+        f"{_table('setting', 'value', {key: _cell(value) for key, value in settings.items()})}\n"
         "```python\n"
         f"from transformers import {auto}\n"
         "from deltaw import PeftModel  # or: from peft import PeftModel\n\n"
         f"base = {auto}.from_pretrained({base or 'base'!r})\n"
         "model = PeftModel.from_pretrained(base, 'this folder')\n"
-        "```\n",
-        encoding="utf-8",
+        "```\n" + ("" if run is None else _story(run)) + f"\n{MARK}\n",
     )
+    return True
+
+
+def _story(run: RunFacts) -> str:
+    parts = ["\n## Training\n"]
+    if run.picture:
+        parts.append(f"![Training loss by step]({run.picture})\n")
+    parts.append(_table("figure", "value", run.figures))
+    parts.append("## Made of\n")
+    parts.append(_table("what", "which", run.origin))
+    if run.command:
+        parts.append(f"```sh\n{run.command}\n```\n")
+    if run.proof:
+        parts.append("## Proof\n\nAfter training the adapter was read back from disk and compared by its logits:\n")
+        parts.append("\n".join(f"- {line}" for line in run.proof) + "\n")
+    return "\n".join(parts)
+
+
+def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
+    cells = [(key, str(value).replace("|", "\\|").replace("\n", " ")) for key, value in rows.items()]
+    return f"| {left} | {right} |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in cells)
 
 
 SHOWN = (

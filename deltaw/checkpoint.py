@@ -1,7 +1,8 @@
 """Adapters on disk: ``adapter_config.json`` + ``adapter_model.safetensors``, PEFT's format, strict both ways.
 
-Works on any module that carries adapters; knows nothing of PeftModel. Writing is atomic: each file is written
-beside its place and renamed, so that a crash leaves the old file or the new one.
+Works on any module that carries adapters; knows nothing of PeftModel. Writing is atomic: a crash leaves the old
+adapter, the new one, or, in the moment between, a folder that no reader takes for an adapter; never weights under
+another's config.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from deltaw.adapters import (
 )
 from deltaw.adapters.config import find_file
 from deltaw.adapters.inject import carriers
+from deltaw.atomic import publishing
 from deltaw.errors import CheckpointError, did_you_mean
 from deltaw.modules import name_of, split_name
 from deltaw.weights import is_finite
@@ -129,15 +131,12 @@ def save_adapter(
     embeddings: bool | str = "auto",
     convert: bool = True,
 ) -> None:
-    """Writes adapter ``name`` into ``folder`` (config with ``inference_mode`` true, weights), each file
-    atomically.
+    """Writes adapter ``name`` into ``folder`` (config with ``inference_mode`` true, weights), both or neither.
 
     Args:
         embeddings: save the base's embedding and head too; see :func:`adapter_tensors`.
         convert: write plain LoRA where the method can; otherwise in the form that was trained.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     adapters = adapters_named(model, name)
     for method in {type(adapter) for adapter in adapters.values()}:
         config = (method.file_config if convert else method.unconverted_config)(config, adapters)
@@ -149,18 +148,13 @@ def save_adapter(
         if tensor.data_ptr() in seen and tensor.numel():  # tied weights: the format wants each its own memory
             tensors[key] = tensor.clone()
         seen[tensor.data_ptr()] = key
-    part = folder / f".{WEIGHTS_NAME}.{os.getpid()}.part"
-    try:
-        part.touch()
-        mode = part.stat().st_mode  # what the umask makes of a new file; save_file's own is private to its owner
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.chmod(mode)
-        with open(part, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(part, folder / WEIGHTS_NAME)
-    finally:
-        part.unlink(missing_ok=True)
-    config.save_pretrained(folder, inference_mode=True)
+    with publishing(folder) as staged:
+        weights = staged / WEIGHTS_NAME
+        weights.touch()
+        mode = weights.stat().st_mode  # what the umask makes of a new file; save_file's own is private to its owner
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(mode)
+        config.save_pretrained(staged, inference_mode=True)
 
 
 def _under_merged(model: nn.Module, keys: Container[str]) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ class RunConfig(AdapterFields, DataFields):
         "random", "Order of the examples: drawn anew each epoch, as they are, or those of like length together."
     )
     max_nonfinite_steps: Int = _training(
-        3, "Stop after N steps in a row whose loss or gradient is not finite; each is skipped and counted.", ge=0
+        3, "Stop after N steps in a row whose loss or gradient is not finite; each is skipped and counted.", gt=0
     )
     memory_limit: str | None = _training(
         None, "Most memory a run may take (24GiB); beyond it, it stops and says what takes most. Unset: what there is."
@@ -221,11 +221,20 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
         yield fault("optim_args", why, "key=value pairs with commas between")
     if c.max_steps == 0:
         yield fault("max_steps", "a run of no steps learns nothing", "-1 for whole epochs, or a positive number")
+    if c.dataset_streaming:
+        if c.max_steps < 0:
+            yield fault("max_steps", "a stream has no length (dataset_streaming)", "max_steps: how long to train")
+        if c.changed("train_sampling_strategy"):
+            why = "a stream has an order of its own (dataset_streaming)"
+            yield fault("train_sampling_strategy", why, "leave it out")
     if c.val_size and (c.eval_dataset_name or c.dataset_test_split):
         yield fault("val_size", "there are evaluation rows already", "leave it out")
     if not c.evaluates:
         cure = "give eval_dataset_name, dataset_test_split or val_size"
-        for name in ("eval_strategy", "max_eval_samples", "load_best_model_at_end"):
+        for name in (
+            *("eval_strategy", "max_eval_samples", "load_best_model_at_end"),
+            *("early_stopping_patience", "eval_answers", "metric_for_best_model"),
+        ):
             if c.changed(name):
                 yield fault(name, "there are no rows to evaluate on", cure)
     if c.eval_steps and c.eval_strategy != "steps":
@@ -240,11 +249,16 @@ def _faults_together(c: RunConfig) -> Iterable[Fault]:
             f"nothing reads it while save_strategy is {c.save_strategy!r}",
             "save_strategy: steps",
         )
-    if c.load_best_model_at_end:
+    keeps = "load_best_model_at_end" if c.load_best_model_at_end else "early_stopping_patience"
+    if c.early_stopping_patience is None and c.changed("early_stopping_threshold"):
+        yield fault("early_stopping_threshold", "nothing reads it alone", "early_stopping_patience: 3")
+    if getattr(c, keeps):  # early stopping keeps the best too
         every = c.eval_steps or c.logging_steps
-        if c.save_strategy != "best" and c.eval_strategy != c.save_strategy:
+        if c.eval_strategy == "no" and c.evaluates:
+            yield fault(keeps, "nothing is evaluated while training", "eval_strategy: epoch or steps")
+        elif c.save_strategy != "best" and c.eval_strategy != c.save_strategy:
             yield fault(
-                "load_best_model_at_end",
+                keeps,
                 f"eval_strategy is {c.eval_strategy!r} and save_strategy {c.save_strategy!r}: "
                 "the best may not be saved",
                 "give both the same value, or save_strategy: best",

@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from deltaw.adapterfields import Fault
-from deltaw.fieldtypes import Int, Names, Pieces, setting
+from deltaw.fieldtypes import Int, Names, Pieces, Shares, setting
+from deltaw.findings import name_faults
 
 __all__ = ["DATA_GROUP", "DataFields"]
 
@@ -26,12 +27,15 @@ class DataFields(BaseModel):
     dataset_name: Pieces = _data(
         ..., "Training rows: a file (jsonl, json, csv, parquet), a folder, a glob, a hub id, or several of these."
     )
-    dataset_weights: list[float] | None = _data(
+    dataset_weights: Shares | None = _data(
         None, "How often each of several sources is drawn from, as shares; unset: all their rows once."
     )
     dataset_format: Literal[
         "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "classification", "preference"
     ] = _data("auto", "Format of the rows; auto looks at their keys.")
+    dataset_label_names: Names | None = _data(
+        None, "Labels of a classification, in the order of their numbers; unset: the names that the rows give."
+    )
     dataset_streaming: bool = _data(False, "Read rows while training, for data that does not fit in memory or disk.")
     dataset_num_proc: Int | None = _data(None, "Processes that tokenize; unset: as many as help.", gt=0)
     dataset_cache: bool = _data(True, "Keep the tokens of this data, tokenizer, template and options for the next run.")
@@ -74,6 +78,15 @@ class DataFields(BaseModel):
                 yield fault("dataset_weights", f"{len(sources)} source(s) in dataset_name", "one weight for each")
             elif any(weight <= 0 for weight in self.dataset_weights):
                 yield fault("dataset_weights", "a weight must be above 0", "leave out a source that is not wanted")
+        if self.dataset_label_names is not None:
+            if self.dataset_format not in ("auto", "classification"):
+                cure = "dataset_format: classification"
+                yield fault("dataset_label_names", f"rows of {self.dataset_format} have no labels", cure)
+            if not self.dataset_label_names or len(set(self.dataset_label_names)) < len(self.dataset_label_names):
+                yield fault("dataset_label_names", "labels need names, each its own", "[name of 0, name of 1, ...]")
+        if self.dataset_format == "preference":
+            why = "supervised training would lose which of the two answers is the better"
+            yield fault("dataset_format", why, "train with DPO (docs/data.md), or name the chosen answer completion")
         if self.val_group_column and not self.val_size:
             yield fault("val_group_column", "nothing reads it while val_size is 0", "val_size: 0.1")
         if self.packing and self.padding_free:
@@ -82,6 +95,11 @@ class DataFields(BaseModel):
             for name in ("val_size", "packing", "max_train_samples", "dataset_weights"):
                 if self.changed_data(name):
                     yield fault(name, "it needs all rows, which dataset_streaming never has", "leave out one of them")
+            if self.dataset_num_proc:
+                cure = "dataloader_num_workers: N renders in N processes"
+                yield fault("dataset_num_proc", "nothing reads it: a stream is rendered by the data loader", cure)
+        for why in name_faults(self.allow):
+            yield fault("allow", why, "deltaw check prints the names in square brackets")
         if self.last_turn_only_loss and self.completion_only_loss is False:
             yield fault("last_turn_only_loss", "completion_only_loss: false trains on every token", "keep one of them")
 

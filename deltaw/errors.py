@@ -8,6 +8,9 @@
     ├── CheckpointError  (ValueError)   files that do not fit the model, or are not ours to read
     ├── ModelError       (ValueError)   a model that cannot be found, loaded or trained this way
     ├── DataError        (ValueError)   rows that cannot be trained on
+    ├── TrainingError    (RuntimeError) a run that had to stop; the message says what is left of it
+    │   ├── NonFiniteError              losses or gradients that are not finite, again and again
+    │   └── OutOfMemory                 memory ran out; the message says what takes most of it
     └── MissingExtra     (ImportError)  an optional package is absent; the message says which extra
 
 A message names the act, the value and the cure; several faults are reported in one error.
@@ -27,7 +30,10 @@ __all__ = [
     "MergeError",
     "MissingExtra",
     "ModelError",
+    "NonFiniteError",
+    "OutOfMemory",
     "TargetError",
+    "TrainingError",
     "did_you_mean",
 ]
 
@@ -62,6 +68,18 @@ class ModelError(DeltawError, ValueError):
 
 class DataError(DeltawError, ValueError):
     """Rows that cannot be trained on."""
+
+
+class TrainingError(DeltawError, RuntimeError):
+    """A run that had to stop."""
+
+
+class NonFiniteError(TrainingError):
+    """Losses or gradients that were not finite, too many times in a row."""
+
+
+class OutOfMemory(TrainingError):
+    """Memory ran out: of the device, or the limit that was set."""
 
 
 class MissingExtra(DeltawError, ImportError):

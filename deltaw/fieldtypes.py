@@ -24,6 +24,7 @@ __all__ = [
     "Ranks",
     "Resume",
     "SaveStrategy",
+    "Shares",
     "Strategy",
     "Targets",
     "lowered",
@@ -109,6 +110,7 @@ Init = (
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_no)]
 SaveStrategy = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
 Names = Annotated[list[str], BeforeValidator(_names)]
+Shares = Annotated[list[float], BeforeValidator(_names)]
 Layers = Annotated[list[int], BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]
 Ranks = Annotated[dict[str, Annotated[int, Field(gt=0)]], BeforeValidator(_flow)]

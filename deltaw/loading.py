@@ -29,7 +29,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from deltaw.data.templates import use_template
 from deltaw.errors import MissingExtra, ModelError, did_you_mean
+from deltaw.home import cache_home
 from deltaw.quant.config import NF4Config
 from deltaw.quant.prequantized import quantization_of, read_here
 
@@ -63,11 +65,6 @@ BUILT_IN = {
         licence="apache-2.0",
     ),
 }
-
-
-def cache_home() -> Path:
-    """The folder that deltaw keeps converted models in: $DELTAW_HOME, else ~/.cache/deltaw."""
-    return Path(os.environ.get("DELTAW_HOME") or "~/.cache/deltaw").expanduser()
 
 
 def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
@@ -170,33 +167,25 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, chat_template: str |
 
     Args:
         name_or_path: a folder, a built-in name or a hub id.
-        chat_template: replaces the tokenizer's own; the template itself, or the path of a .jinja file.
+        chat_template: replaces the tokenizer's own: the template itself, a name (``deltaw.data.templates``), or the
+            path of a jinja file.
 
     Raises:
-        ModelError: no tokenizer there, one with neither pad nor eos, or a template file that does not exist.
+        ModelError: no tokenizer there, or one with neither pad nor eos.
+        ConfigError: a template that does not exist, or is made of tokens that the tokenizer lacks.
     """
     folder = resolve_model(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("tokenizer", folder, error)) from error
-    if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
+    use_template(tokenizer, chat_template)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of {folder!r} has neither a pad nor an eos token: set its eos_token")
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("the tokenizer of %s has no pad token: %r pads", folder, tokenizer.eos_token)
     return tokenizer
-
-
-def _template(chat_template: str) -> str:
-    if "{" in chat_template:
-        return chat_template
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
-        raise ModelError(f"chat_template {chat_template!r} is neither a template nor a file{_nearest(path)}")
-    return path.read_text(encoding="utf-8")
 
 
 def _refuse_adapter(folder: str) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,16 +21,22 @@ from transformers import PrinterCallback, set_seed
 
 import deltaw
 from deltaw import PeftConfig
+from deltaw.atomic import publishing, write_text
 from deltaw.config import RunConfig
-from deltaw.data import Rendered
 from deltaw.errors import ConfigError
 from deltaw.loading import load_model, resolve_model
 from deltaw.methods import METHODS
-from deltaw.provenance import base_fingerprint, rows_fingerprint, text_fingerprint, versions
+from deltaw.provenance import base_fingerprint, text_fingerprint, versions
 from deltaw.quant.config import NF4Config
+from deltaw.report.runcard import write_run_card
 from deltaw.rundata import RunData, prepare_data
 from deltaw.train import SFTConfig, SFTTrainer
+from deltaw.train.batches import training_rows
+from deltaw.train.checkpoints import checkpoints, resolve, saving
+from deltaw.train.evaluation import require_metric
+from deltaw.train.memory import limit_bytes
 from deltaw.train.progress import ProgressCallback
+from deltaw.train.runlog import require_trackers
 from deltaw.verify import Parity, verify_saved
 
 __all__ = [
@@ -45,7 +51,7 @@ __all__ = [
 ]
 
 Tell = Callable[[str], object]
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+Count = Callable[[int, int | None], object]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class RunResult:
     parity: Parity
 
 
-def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool = False) -> RunResult:
+def run_training(
+    config: RunConfig, *, on_event: Tell | None = None, on_rows: Count | None = None, quiet: bool = False
+) -> RunResult:
     """Train one adapter as described, prove that what was saved is what was trained, and report.
 
     The data is rendered and checked before any weight is loaded. ``output_dir`` then holds the adapter, its
@@ -66,6 +74,7 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
     Args:
         config: the run.
         on_event: called with a short text at each step.
+        on_rows: called while rows are tokenized, with how many are done and of how many.
         quiet: draw no progress.
 
     Raises:
@@ -75,8 +84,10 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
         DeltawError: what the model, the adapters or the trainer find wrong.
     """
     tell = on_event or (lambda event: None)
-    output_dir = _claim(config)
-    data = prepare_data(config, tell)
+    output_dir, resume = _claim(config, tell)
+    _require_watch(config)
+    data = prepare_data(config, tell, on_rows)
+    config = data.described(config)
     tell(f"loading {config.model_name_or_path}")
     model = load_base(config)
     base = model.config
@@ -85,21 +96,17 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
     adapted: Any = trainer.model
     trainable, everything = adapted.get_nb_trainable_parameters()
     tell(f"training {trainable:,} of {everything:,} parameters ({trainable / everything:.2%})")
-    if config.overwrite_output_dir and not config.resume_from_checkpoint:
+    if config.overwrite_output_dir and resume is None:
         _forget_checkpoints(output_dir)
     try:
-        metrics = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics
+        metrics = trainer.train(resume_from_checkpoint=resume).metrics
     finally:
         progress.close()
-    if data.eval_rendered is not None:
+    if data.eval_dataset is not None:
         metrics |= _last_evaluation(config, trainer) or trainer.evaluate()
     tell(f"saving to {output_dir}")
-    trainer.save_model(str(output_dir))
-    data.tokenizer.save_pretrained(output_dir)
-    trainer.save_state()
-    _write(output_dir / "run.yaml", config.to_yaml())
-    fresh_base = None if config.bias == "none" else partial(load_base, config)
-    parity = verify_saved(adapted, output_dir, data.rendered, fresh_base)
+    _save(trainer, config, output_dir)
+    parity = verify_saved(adapted, output_dir, data.shortest(), partial(load_base, config))
     tell(f"reloaded: {parity}")
     tokens = trainer.state.num_input_tokens_seen - progress.first_tokens
     results = {
@@ -113,23 +120,28 @@ def run_training(config: RunConfig, *, on_event: Tell | None = None, quiet: bool
         "base_model": config.model_name_or_path,
         "base_revision": getattr(base, "_commit_hash", None),
         "base_fingerprint": base_fingerprint(resolve_model(config.model_name_or_path)),
-        "dataset_fingerprint": rows_fingerprint(data.rows),
+        "dataset_fingerprint": data.fingerprint(),
         "template_fingerprint": text_fingerprint(data.tokenizer.chat_template),
         "versions": versions(),
         "output_dir": str(output_dir),
     }
-    _write(output_dir / "all_results.json", json.dumps(results, indent=2, sort_keys=True, default=str) + "\n")
+    written = adapted.active_peft_config
+    write_run_card(
+        output_dir, written, results, trainer.state.log_history, proof=parity.sentences(), command=_command()
+    )
+    write_text(output_dir / "all_results.json", json.dumps(results, indent=2, sort_keys=True, default=str) + "\n")
     return RunResult(output_dir, results, parity)
 
 
-def check_run(config: RunConfig, *, on_event: Tell | None = None) -> dict[str, Any]:
+def check_run(config: RunConfig, *, on_event: Tell | None = None, on_rows: Count | None = None) -> dict[str, Any]:
     """Everything that a run checks before it loads a weight; returns the counts of the data.
 
     Raises:
         ConfigError, DataError, ModelError: as :func:`run_training`.
     """
-    _claim(config)
-    return _report(prepare_data(config, on_event or (lambda event: None)))
+    _claim(config, lambda event: None)
+    _require_watch(config)
+    return _report(prepare_data(config, on_event or (lambda event: None), on_rows))
 
 
 def load_base(config: RunConfig) -> Any:
@@ -150,13 +162,14 @@ def make_trainer(config: RunConfig, model: Any, data: RunData, progress: Progres
     if "activation_checkpointing" in known:  # transformers' new name; the old one warns
         arguments["activation_checkpointing"] = arguments.pop("gradient_checkpointing") or None
     args = SFTConfig(**arguments, disable_tqdm=True)
+    rows = training_rows(data.train_dataset, args)
     set_seed(config.seed)  # the adapters are drawn before the trainer seeds itself
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=_features(data.rendered),
-        eval_dataset=_features(data.eval_rendered),
-        peft_config=adapter_config(config, _steps(args, len(data.rendered))),
+        train_dataset=rows,
+        eval_dataset=data.eval_dataset,
+        peft_config=adapter_config(config, _steps(args, len(rows if args.packing else data.dataset))),
         processing_class=data.tokenizer,
         callbacks=[progress],
     )
@@ -185,26 +198,45 @@ def adapter_config(config: RunConfig, steps: int) -> PeftConfig:
 # --- the small steps ----------------------------------------------------------------------------------------
 
 
-def _claim(config: RunConfig) -> Path:
-    """The output folder, unless it holds what a person may want to keep."""
+def _claim(config: RunConfig, tell: Tell) -> tuple[Path, Path | None]:
+    """The output folder, unless it holds what a person may want to keep; and the checkpoint to go on from."""
     folder = Path(config.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir = {config.output_dir!r} is a file: name a folder")
-    checkpoints = [p for p in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
-    resume = config.resume_from_checkpoint
-    if isinstance(resume, str) and not Path(resume).is_dir():
-        raise ConfigError(f"resume_from_checkpoint = {resume!r}: no such folder; true takes the newest in output_dir")
-    if resume is True and not checkpoints:
-        raise ConfigError(f"resume_from_checkpoint: {folder} holds no checkpoint; leave it out to start anew")
+    resume = resolve(config.resume_from_checkpoint, folder, tell)
     if resume or config.overwrite_output_dir:
-        return folder
-    if (folder / "adapter_config.json").exists() or checkpoints:
-        held = "an adapter" if (folder / "adapter_config.json").exists() else f"{len(checkpoints)} checkpoints"
+        return folder, resume
+    kept = [] if config.resume_from_checkpoint == "auto" else checkpoints(folder, complete=False)
+    if (folder / "adapter_config.json").exists() or kept:
+        held = "an adapter" if (folder / "adapter_config.json").exists() else f"{len(kept)} checkpoints"
         raise ConfigError(
             f"output_dir = {config.output_dir!r} holds {held} of an earlier run: name another folder, go on "
             "with --resume_from_checkpoint true, or replace it with --overwrite_output_dir"
         )
-    return folder
+    return folder, None
+
+
+def _require_watch(config: RunConfig) -> None:
+    """What watches the run: trackers that are installed, a limit that is a size, a metric that there will be."""
+    require_trackers(config.report_to)
+    limit_bytes(config.memory_limit)
+    require_metric(config.metric_for_best_model, answers=config.eval_answers > 0)
+
+
+def _command() -> str:
+    """How this process was started, if by our command; else the command that does the same from ``run.yaml``."""
+    program, *words = sys.argv or [""]
+    ours = Path(program).stem == "deltaw" or Path(program).parent.name == "deltaw"  # python -m deltaw
+    return shlex.join(["deltaw", *words]) if ours else "deltaw train run.yaml"
+
+
+def _save(trainer: SFTTrainer, config: RunConfig, folder: Path) -> None:
+    """The adapter, its tokenizer and template, and what they came from: all of it or nothing."""
+    with saving(folder), publishing(folder) as staged:
+        trainer.save_model(str(staged))
+        trainer.state.save_to_json(str(staged / "trainer_state.json"))
+        (staged / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (folder / "all_results.json").unlink(missing_ok=True)  # of the adapter that is replaced
 
 
 def _steps(args: SFTConfig, examples: int) -> int:
@@ -222,30 +254,18 @@ def _share(value: float, steps: int) -> int:
 
 def _forget_checkpoints(folder: Path) -> None:
     """Those of the run that is replaced: a later resume must not take one of them for its own."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if _CHECKPOINT.fullmatch(checkpoint.name) and not checkpoint.is_symlink():
+    for checkpoint in checkpoints(folder, complete=False):
+        if not checkpoint.is_symlink():
             shutil.rmtree(checkpoint)
 
 
 def _last_evaluation(config: RunConfig, trainer: SFTTrainer) -> dict[str, Any]:
     """The evaluation of the weights as they are now, if the trainer has just made it."""
     last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), {})
-    if config.load_best_model_at_end or last.get("step") != trainer.state.global_step:
+    if trainer.args.load_best_model_at_end or last.get("step") != trainer.state.global_step:
         return {}
     return {key: value for key, value in last.items() if key.startswith("eval_")}
 
 
-def _features(rendered: list[Rendered] | None) -> list[dict[str, list[int]]] | None:
-    return None if rendered is None else [example.as_features() for example in rendered]
-
-
 def _report(data: RunData) -> dict[str, Any]:
-    return dataclasses.asdict(data.report) | {"eval_examples": len(data.eval_rendered or [])}
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    return dataclasses.asdict(data.report) | {"eval_examples": len(data.eval_dataset or [])}

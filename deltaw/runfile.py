@@ -39,8 +39,9 @@ def read_run_file(path: str | Path) -> RunFile:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"reading {path}: {error}; a run is described by a text file in UTF-8") from error
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return RunFile({}, {}, [])
@@ -59,7 +60,8 @@ def read_run_file(path: str | Path) -> RunFile:
             f"reading {path}{line}: not valid YAML: {why}; check quotes, colons and indentation"
         ) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return RunFile({str(key): value for key, value in values.items()}, lines, duplicates)
 
 

@@ -19,6 +19,9 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 FLOORS = {
     **dict.fromkeys(["errors", "guises", "modules", "devices", "weights", "scratch", "presets", "provenance"], 0),
     "methods": 0,
+    "atomic": 0,
+    **dict.fromkeys(["held", "home", "workers"], 0),
+    "findings": 1,
     **dict.fromkeys(["quant", "data", "ops", "loading", "fullweights"], 1),
     "optimizers": 1,
     **dict.fromkeys(["adapters", "optim"], 2),
@@ -45,6 +48,8 @@ NEIGHBOURS = {
     ("auto", "model"),
     ("auto", "tasks"),
     ("statedict", "checkpoint"),
+    ("loading", "data"),  # chat templates by name
+    ("data", "findings"),
     ("loading", "provenance"),
     ("loading", "quant"),
     ("pipeline", "config"),
@@ -65,7 +70,7 @@ OPTIONAL = {
     "bitsandbytes": {"integrations"},
     "triton": {"quant/triton_kernels.py"},
     "datasets": {"data/load.py"},
-    "pyarrow": {"data/load.py"},
+    "pyarrow": {"data/readers.py"},
     "matplotlib": {"report"},
     "gguf": {"loading.py"},
     "huggingface_hub": {"adapters/config.py", "loading.py"},

@@ -431,27 +431,24 @@ def test_all_faults_of_a_file_are_in_one_error(method, saved, tmp_path):
 
 
 @methods
-@pytest.mark.parametrize("step", ["deltaw.checkpoint.save_file", "tensors", "config"])
-def test_an_interrupted_save_leaves_each_file_whole(method, step, tmp_path, monkeypatch):
-    """The old one or the new one, and nothing else in the folder."""
+@pytest.mark.parametrize("step", ["deltaw.checkpoint.save_file", *range(5)])
+def test_a_save_that_fails_leaves_the_old_adapter(method, step, tmp_path, monkeypatch):
+    """Whole, and with nothing beside it, whichever of its renames fails."""
     old, model = adapted(method), stir(adapted(method), 0.3)
-    model.save_pretrained(tmp_path / "new")
     old.save_pretrained(tmp_path / "folder")
     before = Snapshot(model)
     expected = {p.name: p.read_bytes() for p in (tmp_path / "folder").iterdir()}
-    if step == "config":
-        expected[WEIGHTS] = (tmp_path / "new" / WEIGHTS).read_bytes()
     with monkeypatch.context() as patch:
-        if "." in step:
+        if isinstance(step, str):
             patch.setattr(step, failing(save_file, 0, [], False))
         else:
-            patch.setattr(os, "replace", failing(os.replace, ["tensors", "config"].index(step), [], False))
+            patch.setattr(os, "replace", failing(os.replace, step, [], False))
         with pytest.raises(RuntimeError, match="out of luck"):
             model.save_pretrained(tmp_path / "folder")
     before.assert_same()
     assert {p.name: p.read_bytes() for p in (tmp_path / "folder").iterdir()} == expected
     back = PeftModel.from_pretrained(net(), tmp_path / "folder")
-    assert close(run(back), run(model if step == "config" else old), 1e-5)
+    assert close(run(back), run(old), 1e-5)
 
 
 # --- what must work for every method ------------------------------------------------------------------------------
@@ -564,3 +561,30 @@ def test_two_methods_on_one_model(one, two):
     model.unmerge_adapter()
     bits.assert_same()
     assert torch.equal(run(model), together)
+
+
+# --- links --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(file, saved, tmp_path):
+    """The cache links ``snapshots/REVISION/FILE`` to ``blobs/HASH``; any other link out was put there by someone."""
+    files = {p.name: p.read_bytes() for p in saved("lora").iterdir() if p.is_file()}
+    cache = tmp_path / "models--me--adapter"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name, data in files.items():
+        (blobs / name).write_bytes(data)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    PeftModel.from_pretrained(net(), snapshot)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(files[file])
+    (snapshot / file).unlink()
+    (snapshot / file).symlink_to(elsewhere)
+    base = net()
+    before = Snapshot(base)
+    with pytest.raises(CheckpointError, match="leads out of the adapter's folder"):
+        PeftModel.from_pretrained(base, snapshot)
+    before.assert_same()

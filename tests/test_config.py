@@ -165,7 +165,7 @@ def test_old_names_are_read_and_noted():
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"packing": True}, "packing"),
+        ({"packing": True, "padding_free": True}, "padding_free"),
         ({"bf16": True, "fp16": True}, "fp16"),
         ({"max_steps": 0}, "max_steps"),
         ({"eval_strategy": "steps"}, "eval_strategy"),

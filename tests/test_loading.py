@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltaw import loading
-from deltaw.errors import MissingExtra, ModelError
+from deltaw.errors import ConfigError, MissingExtra, ModelError
 
 NAME = "smollm2-135m"
 
@@ -246,5 +246,5 @@ def test_a_tokenizer_always_has_a_pad_token_and_takes_a_template(folder, tmp_pat
     assert "no pad token" in caplog.text
     assert again.chat_template == "{{ messages[0].content }}"
     assert loading.load_tokenizer(folder, chat_template="{{ 1 }}").chat_template == "{{ 1 }}"
-    with pytest.raises(ModelError, match="neither a template nor a file"):
+    with pytest.raises(ConfigError, match="neither a template nor a file"):
         loading.load_tokenizer(folder, chat_template=str(tmp_path / "mime.jinja"))

@@ -22,7 +22,7 @@ OWN_KEYS = {
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
     "dataset_name", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "val_size",
     "max_train_samples", "max_eval_samples", "chat_template_path", "overlong", "allow", "method", "preset",
-    "overwrite_output_dir",
+    "overwrite_output_dir", "dataset_streaming", "dataset_weights", "val_group_column",
 }  # fmt: skip
 
 
@@ -164,9 +164,9 @@ def test_an_adapter_is_not_written_over(describe, tmp_path):
 
 
 def test_resuming_goes_on(describe, tmp_path):
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         run_training(describe(resume_from_checkpoint=True), quiet=True)
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         run_training(describe(resume_from_checkpoint=str(tmp_path / "gone")), quiet=True)
     run_training(describe(save_steps=2, lr_scheduler_type="constant"), quiet=True)
     (tmp_path / "out" / "adapter_config.json").unlink()

@@ -24,7 +24,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    deltaw ")]
-    assert len(commands) == 10
+    assert len(commands) == 11
     model = save_tiny(tmp_path / "tiny")
     write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "run.yaml").write_text(

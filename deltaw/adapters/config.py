@@ -239,6 +239,7 @@ def find_file(name: str | os.PathLike[str], filename: str, subfolder: str | None
         folder = folder / subfolder
     if folder.is_dir() or Path(name).expanduser().is_dir():
         if (folder / filename).is_file():
+            _require_inside(folder / filename, Path(name).expanduser())
             return str(folder / filename)
         here = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else []
         raise CheckpointError(f"{folder} holds no {filename}; it holds {', '.join(here) or 'nothing'}")
@@ -250,6 +251,20 @@ def find_file(name: str | os.PathLike[str], filename: str, subfolder: str | None
         raise CheckpointError(
             f"no adapter at {str(name)!r}: not a folder here, and the hub gave no {filename} ({type(error).__name__})"
         ) from error
+
+
+def _require_inside(file: Path, folder: Path) -> None:
+    """A file of an adapter must lie in its folder, links followed: what comes from elsewhere may point anywhere.
+
+    The hub's cache keeps its files in ``blobs``, beside the ``snapshots`` that link to them.
+    """
+    place, home = file.resolve(), folder.resolve()
+    cached = [home.parents[1] / "blobs"] if len(home.parents) > 1 and home.parent.name == "snapshots" else []
+    if not any(place.is_relative_to(one) for one in (home, *cached)):
+        raise CheckpointError(
+            f"{file} leads out of the adapter's folder, to {place}, and is refused: "
+            "if you trust that file, copy it to where the link is"
+        )
 
 
 @functools.cache

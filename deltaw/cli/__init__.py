@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from deltaw.cli import chat, common, evaluate, generate, merge, methods, train
+from deltaw.cli import chat, check, common, evaluate, generate, merge, methods, train
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="train", cls=train.TrainCommand)(common.guarded(train.train))
+app.command(name="check", cls=train.TrainCommand)(common.guarded(check.check))
 app.command(name="eval")(common.guarded(evaluate.evaluate))
 app.command(name="generate")(common.guarded(generate.generate))
 app.command(name="chat")(common.guarded(chat.chat))

@@ -96,15 +96,18 @@ class Conversation:
             print(text, end="", flush=True)
 
         try:
-            stream_answer(self.loaded.model, self.loaded.tokenizer, [*head, *self.turns], show, **self.settings)
+            answer = stream_answer(
+                self.loaded.model, self.loaded.tokenizer, [*head, *self.turns], show, **self.settings
+            )
         except KeyboardInterrupt:
+            answer = "".join(said).strip()
             say().print(" [stopped]", style="yellow", markup=False, end="")
         except DeltawError as error:  # the conversation outgrew the model: it can be reset, so do not leave
             self.turns.pop()
             say().print(f"error: {error} (/reset begins anew)", style="red", markup=False, soft_wrap=True)
             return
         print(flush=True)
-        self.turns.append({"role": "assistant", "content": "".join(said).strip()})
+        self.turns.append({"role": "assistant", "content": answer})  # as it was said, white space and all
 
 
 def _read() -> str:

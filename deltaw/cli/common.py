@@ -24,7 +24,19 @@ if TYPE_CHECKING:
 
     from deltaw.config import RunConfig
 
-__all__ = ["DEBUG", "AsJson", "Loaded", "counting", "emit", "guarded", "load_adapted", "say", "working"]
+__all__ = [
+    "DEBUG",
+    "AsJson",
+    "Loaded",
+    "bar_when_counted",
+    "counting",
+    "emit",
+    "guarded",
+    "load_adapted",
+    "run_of",
+    "say",
+    "working",
+]
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 
@@ -93,6 +105,35 @@ def counting(what: str) -> Iterator[Callable[[int, int], object]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def bar_when_counted(what: str) -> Iterator[Callable[[int, int | None], object]]:
+    """A bar like `counting`'s that is there only from each first count to the last one, for work among other work."""
+    from rich.progress import Progress
+
+    shown: list[Progress] = []
+
+    def count(done: int, total: int | None) -> None:
+        if not shown and done != total:
+            bar = Progress(console=say(), transient=True, disable=not sys.stderr.isatty())
+            bar.start()
+            bar.add_task(what, total=total)
+            shown.append(bar)
+        for bar in shown:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+        if done == total:
+            _stop(shown)
+
+    try:
+        yield count
+    finally:
+        _stop(shown)
+
+
+def _stop(bars: list[Any]) -> None:
+    while bars:
+        bars.pop().stop()
+
+
 class Loaded(NamedTuple):
     """A model ready to answer, its tokenizer, its name, and the run that trained its adapter (if it says)."""
 
@@ -116,13 +157,7 @@ def load_adapted(
     """
     if model is None and adapter is None:
         raise ConfigError("nothing to load: give --adapter FOLDER, or --model NAME for a base alone")
-    run = None
-    if adapter is not None:
-        _require_adapter(adapter)
-        if (Path(adapter) / "run.yaml").is_file():
-            from deltaw.config import load_run_config
-
-            run = load_run_config(Path(adapter) / "run.yaml")
+    run = None if adapter is None else run_of(adapter)
     from deltaw.loading import load_model, load_tokenizer
 
     if adapter is None:
@@ -135,9 +170,44 @@ def load_adapted(
         raise ConfigError(f"{adapter} does not name its base model: give it with --model")
     own = (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if own else name)
+    if _template_changed(adapter, tokenizer):
+        say().print(
+            f"warning: {adapter} was trained with another chat template than the one that is there now, so the model "
+            "sees other tokens than it learned from; put its chat_template.jinja back",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     base = load_model(name, dtype=dtype, quantization_config=_quantization(run, load_in_4bit))
     adapted = PeftModel.from_pretrained(base, adapter)
     return Loaded(_placed(adapted), tokenizer, name, run)
+
+
+def run_of(adapter: str) -> RunConfig | None:
+    """The run that trained an adapter, if its folder says.
+
+    Raises:
+        ConfigError: the folder holds no adapter, or a broken ``run.yaml``.
+    """
+    _require_adapter(adapter)
+    file = Path(adapter) / "run.yaml"
+    if not file.is_file():
+        return None
+    from deltaw.config import load_run_config
+
+    return load_run_config(file)
+
+
+def _template_changed(adapter: str, tokenizer: Any) -> bool:
+    """Whether the run that trained the adapter recorded another template than the tokenizer has now."""
+    from deltaw.provenance import text_fingerprint
+
+    try:
+        said = json.loads((Path(adapter) / "all_results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    recorded = said.get("template_fingerprint") if isinstance(said, dict) else None
+    return recorded is not None and recorded != text_fingerprint(tokenizer.chat_template)
 
 
 def _quantization(run: RunConfig | None, load_in_4bit: bool | None) -> Any:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaw.cli.common import Adapter, AsJson, Dtype, Loaded, Model, counting, emit, load_adapted, working
+from deltaw.cli.common import Adapter, AsJson, Dtype, Loaded, Model, counting, emit, load_adapted, run_of, working
 from deltaw.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from deltaw.config import RunConfig
+    from deltaw.data import RenderSettings
 
 __all__ = ["evaluate"]
 
@@ -51,10 +54,11 @@ def evaluate(
     with working():
         from deltaw.data import load_rows
 
-        rows = load_rows(dataset, split, limit=limit)
-        wanted = list(dict.fromkeys(metric or _default_metrics(rows[0])))
+        rows: list[Row] = [*load_rows(dataset, split, limit=limit)]
+        settings = _settings(None if adapter is None else run_of(adapter), rows[0])
+        wanted = list(dict.fromkeys(metric or _default_metrics(rows[0], settings)))
         functions = {name: _function(name) for name in wanted if name not in _METRICS}
-        references = _references(rows) if "exact_match" in wanted else []
+        references = _references(rows, settings) if "exact_match" in wanted else []
         loaded = load_adapted(model, adapter, dtype)
         sides = {"adapter" if adapter else "base": nullcontext()}
         if compare_base:
@@ -69,7 +73,7 @@ def evaluate(
         for side, way in sides.items():
             with way:
                 result[side], answers[side] = _measure(
-                    loaded, rows, references, wanted, functions, max_new_tokens, batch_size
+                    loaded, rows, settings, references, wanted, functions, max_new_tokens, batch_size
                 )
     if output is not None:
         _write(output, rows, references, answers)
@@ -80,6 +84,7 @@ def evaluate(
 def _measure(
     loaded: Loaded,
     rows: list[Row],
+    settings: RenderSettings,
     references: list[str],
     wanted: list[str],
     functions: dict[str, Callable[..., Any]],
@@ -89,7 +94,6 @@ def _measure(
     from deltaw.data import render_all
     from deltaw.evaluate import Score, exact_match, generate_batch, supervised_loss
 
-    settings = _settings(loaded)
     scores: dict[str, Any] = {}
     if "loss" in wanted:
         rendered = render_all(rows, loaded.tokenizer, settings)
@@ -123,30 +127,48 @@ def _measure(
     return scores, answers
 
 
-def _settings(loaded: Loaded) -> Any:
+def _settings(run: RunConfig | None, row: Row) -> RenderSettings:
     """Rows are rendered as the run that trained the adapter did, but never cut."""
     from deltaw.data import RenderSettings
+    from deltaw.data.formats import columns
 
-    names = ("completion_only_loss", "assistant_only_loss")
-    kept = {} if loaded.run is None else {name: getattr(loaded.run, name) for name in names}
-    text_field = loaded.run.dataset_text_field if loaded.run else "text"
-    return RenderSettings(max_length=None, text_field=text_field, **kept)
+    if run is None:
+        return RenderSettings(max_length=None)
+    named, text_field = run.dataset_format, run.dataset_text_field
+    if named != "auto" and any(row.get(column) is None for column in columns(named, text_field)[0]):
+        named = "auto"  # these rows are written otherwise than those of the run
+    return RenderSettings(
+        max_length=None,
+        completion_only_loss=run.completion_only_loss,
+        assistant_only_loss=run.assistant_only_loss,
+        last_turn_only_loss=run.last_turn_only_loss,
+        text_field=text_field,
+        dataset_format=named,
+        label_names=None if run.dataset_label_names is None else tuple(run.dataset_label_names),
+    )
 
 
-def _default_metrics(row: Row) -> list[str]:
+def _default_metrics(row: Row, settings: RenderSettings) -> list[str]:
     from deltaw.data import detect_format
 
-    return ["loss"] if detect_format(row) == "text" else ["loss", "exact_match"]
+    named = settings.dataset_format
+    kind = detect_format(row, settings.text_field) if named == "auto" else named
+    return ["loss"] if kind == "text" else ["loss", "exact_match"]
 
 
-def _references(rows: list[Row]) -> list[str]:
+def _references(rows: list[Row], settings: RenderSettings) -> list[str]:
     """The right answer of every row: its completion, or its last assistant turn."""
     from deltaw.data import to_example
 
     found: list[str] = []
     missing: list[int] = []
     for i, row in enumerate(rows):
-        example = to_example(row)
+        example = to_example(
+            row,
+            settings.text_field,
+            dataset_format=settings.dataset_format,
+            label_names=settings.label_names,
+        )
         answer: Any = example.completion if example.messages is None else example.messages[-1:]
         if isinstance(answer, list):
             answer = answer[-1]["content"] if answer and answer[-1]["role"] == "assistant" else None

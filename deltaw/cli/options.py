@@ -36,7 +36,7 @@ def split_overrides(args: Iterable[str], own: Collection[str]) -> tuple[list[str
 
     Args:
         args: the words after the verb.
-        own: the verb's own flags, none of which takes a value.
+        own: the verb's own flags.
 
     Raises:
         ConfigError: a key that needs a value and has none.
@@ -52,7 +52,8 @@ def split_overrides(args: Iterable[str], own: Collection[str]) -> tuple[list[str
         word = words.pop(0)
         name, equals, value = word.partition("=")
         if not name.startswith("--") or name == "--" or name.replace("_", "-") in own:
-            rest.append(word if word in ("--", "-") or not name.startswith("--") else name.replace("_", "-"))
+            plain = word in ("--", "-") or not name.startswith("--")
+            rest.append(word if plain else name.replace("_", "-") + equals + value)
             continue
         key: str = name[2:].replace("-", "_")
         kind = kinds.get(key, set())

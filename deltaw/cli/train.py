@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from deltaw.cli.common import AsJson, emit, say, working
+from deltaw.cli.common import AsJson, bar_when_counted, emit, say, working
 from deltaw.cli.options import config_options, split_overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["TrainCommand", "train"]
+__all__ = ["TrainCommand", "overrides_of", "train"]
 
 _OVERRIDES = "deltaw.overrides"
 
@@ -33,6 +35,11 @@ class TrainCommand(TyperCommand):
             own = {flag for param in super().get_params(ctx) for flag in param.opts if flag.startswith("--")}
             args, ctx.meta[_OVERRIDES] = split_overrides(args, own)
         return super().parse_args(ctx, args)
+
+
+def overrides_of(ctx: typer.Context) -> dict[str, Any]:
+    """The keys of the run that stood on the command line."""
+    return ctx.meta.get(_OVERRIDES, {})
 
 
 def train(
@@ -54,10 +61,12 @@ def train(
     """Fine-tune: from RUN.YAML and flags to an adapter that is saved, reloaded and verified."""
     from deltaw.config import load_run_config
 
-    config = load_run_config(run, ctx.meta.get(_OVERRIDES, {}))
+    config = load_run_config(run, overrides_of(ctx))
     for note in config.notes:
         say().print(f"note: {note}", style="yellow", markup=False)
     from deltaw.pipeline import check_run, run_training
+    from deltaw.train.checkpoints import newest
+    from deltaw.train.signals import Interrupted, Terminated
 
     out = say()
 
@@ -66,19 +75,40 @@ def train(
             out.print(event, style="dim", markup=False, soft_wrap=True)
 
     if dry_run:
-        with working():
-            report = check_run(config, on_event=tell)
+        with working(), bar_when_counted("tokenizing") as count:
+            report = check_run(config, on_event=tell, on_rows=None if quiet else count)
         result = {"config": config.model_dump(mode="json"), "data": report}
         emit(result, as_json, lambda console: console.print(config.to_yaml(), markup=False, end=""))
         return
     try:
-        with working():
-            done = run_training(config, on_event=tell, quiet=quiet)
-    except KeyboardInterrupt:
-        if any(Path(config.output_dir).glob("checkpoint-*")):
-            out.print("to go on: the same command with --resume-from-checkpoint true", style="yellow")
+        with working(), bar_when_counted("tokenizing") as count:
+            done = run_training(config, on_event=tell, on_rows=None if quiet else count, quiet=quiet)
+    except (Interrupted, Terminated) as stopped:
+        out.print(f"stopped: {stopped}", style="yellow", markup=False, soft_wrap=True)
+        _tell_how_to_go_on(out, stopped.checkpoint)
+        raise typer.Exit(stopped.exit_code) from None
+    except KeyboardInterrupt:  # before training, after it, or a second time
+        _tell_how_to_go_on(out, newest(config.output_dir))
         raise
     emit(done.results, as_json, lambda console: _show(console, done))
+
+
+def _tell_how_to_go_on(out: Console, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        out.print(f"to go on from {checkpoint}:", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"  {_going_on(sys.argv[1:])}", markup=False, soft_wrap=True)
+
+
+def _going_on(words: list[str]) -> str:
+    """The command that was given, made to go on where it stopped."""
+    kept, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if word.split("=")[0].replace("_", "-") != "--resume-from-checkpoint":
+            kept.append(word)
+        elif "=" not in word and words and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml")):
+            words.pop(0)  # its value
+    return shlex.join(["deltaw", *kept, "--resume_from_checkpoint", "auto"])
 
 
 def _show(console: Console, done: Any) -> None:

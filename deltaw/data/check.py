@@ -1,61 +1,94 @@
-"""The stage that stops a run before it wastes hours: counts, problems and notes about rendered examples.
+"""The stage that stops a run before it wastes hours: what is wrong with the examples, all of it at once.
 
-Knows nothing of models. It looks at nothing but ids and labels, so it also finds the faults of a renderer.
-A problem means that training would quietly teach the wrong thing; a note is worth knowing and stops nothing.
+Tokens are looked at as they are, so the faults of a renderer are found too; where the rows are given, their texts and
+the chat template are looked at as well. Knows nothing of models but the size of their vocabulary.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from deltaw.data.render import IGNORE, Rendered, RenderSettings, stop_token_ids
+import numpy as np
+
+from deltaw.data.check_counts import Training, count_lengths, steps_of, training_findings
+from deltaw.data.check_facts import facts_of
+from deltaw.data.check_masks import mask_findings, vocabulary_of
+from deltaw.data.check_pairs import overlapping, pair_findings, repeated, split_findings
+from deltaw.data.check_preview import preview
+from deltaw.data.check_report import CheckReport, Finding
+from deltaw.data.check_rows import row_findings
+from deltaw.data.check_template import template_findings, token_findings
+from deltaw.data.render import Rendered, RenderSettings
+from deltaw.data.rows import Row
+from deltaw.data.tokens import TokenDataset
 from deltaw.errors import DataError
 
-__all__ = ["CheckReport", "check_rendered", "preview"]
+__all__ = ["CheckReport", "Finding", "Training", "check_features", "check_rendered", "check_tokens", "preview"]
 
-SHOWN_ROWS = 5
+Rows = Iterable[Mapping[str, Any]]
 
 
-@dataclass
-class CheckReport:
-    """What `check_rendered` found. Lengths are in tokens, after truncation."""
+def check_tokens(
+    dataset: TokenDataset,
+    tokenizer: Any,
+    settings: RenderSettings,
+    *,
+    eval_dataset: TokenDataset | None = None,
+    rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    training: Training | None = None,
+    model_config: Any = None,
+    vocab_size: int | None = None,
+    used_columns: Sequence[str] = (),
+) -> CheckReport:
+    """Counts of the training examples, and what is wrong or worth knowing about training and evaluation examples.
 
-    examples: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    length_min: int = 0
-    length_median: int = 0
-    length_p95: int = 0
-    length_max: int = 0
-    truncated: int = 0
-    truncated_supervised: int = 0  # examples that lost supervised tokens
-    duplicates: int = 0
-    overlap: int = 0  # evaluation examples that are also training examples
-    padding_waste: float = 0.0  # share of a shuffled batch's places that hold padding
-    batch_size: int = 0
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    Args:
+        dataset: the training examples.
+        tokenizer: the one that rendered them.
+        settings: the ones that they were rendered by.
+        eval_dataset: the evaluation examples, if any.
+        rows: what the training examples were rendered from, so that their texts and the template are checked too.
+        eval_rows: the same of the evaluation examples.
+        training: how a trainer will read them.
+        model_config: a transformers config: its vocabulary and special tokens must be the tokenizer's.
+        vocab_size: rows of the model's embedding; the config's when None, else the tokenizer's own size.
+        used_columns: columns of the rows that something else reads.
 
-    def raise_if_bad(self) -> None:
-        """Raises DataError with all problems at once, if there are any."""
-        if self.problems:
-            lines = "\n  ".join(self.problems)
-            raise DataError(f"the data has {len(self.problems)} problem(s):\n  {lines}")
-
-    def __str__(self) -> str:
-        share = self.supervised_tokens / self.tokens if self.tokens else 0.0
-        lines = [
-            f"{self.examples:,} examples, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})",
-            f"length: min {self.length_min}, median {self.length_median}, 95% {self.length_p95}, max {self.length_max}",
-            f"truncated: {self.truncated}, cutting supervised text: {self.truncated_supervised}",
-            f"duplicates: {self.duplicates}, in train and eval: {self.overlap}",
-            f"padding in batches of {self.batch_size}: {self.padding_waste:.0%}",
-        ]
-        lines += [f"problem: {problem}" for problem in self.problems]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+    Raises:
+        DataError: the chat template cannot render anything.
+    """
+    training = training or Training()
+    vocab = vocab_size or _vocab_of(model_config) or len(tokenizer)
+    vocabulary = vocabulary_of(tokenizer, settings)
+    facts = facts_of(dataset, vocabulary)
+    report = CheckReport(examples=len(dataset), tokens=dataset.tokens, supervised_tokens=int(facts.supervised.sum()))
+    report.truncated = int((dataset.uncut > facts.lengths).sum())
+    report.truncated_supervised = int((np.asarray(dataset.lost) > 0).sum())
+    report.dropped = dataset.dropped
+    report.duplicates = int(repeated(facts).sum())
+    report.steps = steps_of(len(dataset), training)
+    count_lengths(report, facts.lengths, training, settings.max_length)
+    report.add(mask_findings(dataset, facts, vocabulary, tokenizer, settings, vocab=vocab, where="train"))
+    report.add(pair_findings(dataset, facts, where="train"))
+    report.add(token_findings(tokenizer, settings, vocab=vocab, model_config=model_config))
+    report.add(training_findings(report, training))
+    if rows is not None:
+        report.add(row_findings(rows, settings, tokenizer, used_columns=used_columns, where="train"))
+        report.add(template_findings(rows, dataset, tokenizer, settings))
+    if eval_dataset is not None:
+        seen = facts_of(eval_dataset, vocabulary)
+        report.eval_examples, report.eval_tokens = len(eval_dataset), eval_dataset.tokens
+        report.overlap = int(overlapping(seen, facts).sum())
+        report.add(mask_findings(eval_dataset, seen, vocabulary, tokenizer, settings, vocab=vocab, where="eval"))
+        report.add(split_findings(eval_dataset, seen, facts))
+        if eval_rows is not None:
+            report.add(row_findings(eval_rows, settings, tokenizer, used_columns=used_columns, where="eval"))
+    given = {"train": rows, "eval": eval_rows}
+    report.findings = [_placed(finding, given[finding.where]) for finding in report.findings]
+    return report
 
 
 def check_rendered(
@@ -67,141 +100,56 @@ def check_rendered(
     batch_size: int = 8,
     vocab_size: int | None = None,
 ) -> CheckReport:
-    """Counts of the training examples, and the problems and notes of training and evaluation examples.
+    """`check_tokens` for examples in a list.
 
     Args:
         rendered: the training examples.
-        tokenizer: the one that rendered them.
-        settings: the ones that they were rendered by.
         eval_rendered: the evaluation examples, if any.
         batch_size: for the estimate of padding.
-        vocab_size: rows of the model's embedding; the tokenizer's own size when None.
     """
-    report = CheckReport(examples=len(rendered), batch_size=batch_size)
-    _count(report, rendered)
-    _find_problems(report, rendered, tokenizer, settings, vocab_size, "")
-    if eval_rendered is not None:
-        _find_problems(report, eval_rendered, tokenizer, settings, vocab_size, "eval: ")
-        seen = {tuple(example.input_ids) for example in rendered}
-        report.overlap = sum(tuple(example.input_ids) in seen for example in eval_rendered)
-        if report.overlap:
-            report.notes.append(f"{report.overlap} of {len(eval_rendered)} eval examples are in the training data too")
-    if report.duplicates:
-        report.notes.append(f"{report.duplicates} of {report.examples} examples repeat an earlier one")
-    return report
-
-
-def preview(rendered: Rendered, tokenizer: Any, *, color: bool = False) -> str:
-    """The example as text, the supervised part in ``[[ ]]``, or in green with `color` (ANSI)."""
-    opening, closing = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
-    parts: list[str] = []
-    start = 0
-    for end in range(1, len(rendered.labels) + 1):
-        supervised = rendered.labels[start] != IGNORE
-        if end < len(rendered.labels) and (rendered.labels[end] != IGNORE) == supervised:
-            continue
-        text = tokenizer.decode(
-            rendered.input_ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        parts.append(f"{opening}{text}{closing}" if supervised else text)
-        start = end
-    return "".join(parts)
-
-
-def _count(report: CheckReport, rendered: Sequence[Rendered]) -> None:
-    if not rendered:
-        return
-    lengths = sorted(len(example.input_ids) for example in rendered)
-    last = len(lengths) - 1
-    report.tokens = sum(lengths)
-    report.supervised_tokens = sum(example.supervised for example in rendered)
-    report.length_min, report.length_max = lengths[0], lengths[-1]
-    report.length_median, report.length_p95 = lengths[last // 2], lengths[round(last * 0.95)]
-    report.truncated = sum(len(example.input_ids) < example.length_before_truncation for example in rendered)
-    report.truncated_supervised = sum(example.cut_supervised > 0 for example in rendered)
-    report.duplicates = len(rendered) - len({tuple(example.input_ids) for example in rendered})
-    random.Random(0).shuffle(lengths)
-    batches = [lengths[i : i + report.batch_size] for i in range(0, len(lengths), report.batch_size)]
-    places = sum(max(batch) * len(batch) for batch in batches)
-    report.padding_waste = 1 - report.tokens / places if places else 0.0
-
-
-def _find_problems(
-    report: CheckReport,
-    rendered: Sequence[Rendered],
-    tokenizer: Any,
-    settings: RenderSettings,
-    vocab_size: int | None,
-    where: str,
-) -> None:
-    def find(bad: Callable[[Rendered], bool], text: str, into: list[str]) -> None:
-        rows = [i for i, example in enumerate(rendered) if bad(example)]
-        if rows:
-            listed = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
-            into.append(f"{where}{len(rows)} of {len(rendered)} examples {text} (rows {listed})")
-
-    if not rendered:
-        report.problems.append(f"{where}there are no examples")
-        return
-    vocab = vocab_size or len(tokenizer)
-    bos, limit = tokenizer.bos_token_id, settings.max_length
-    # every special token counts as a stop here: a template may close different turns differently
-    stops = {*stop_token_ids(tokenizer, settings.chat_template), *tokenizer.all_special_ids}
-    stops |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-    find(
-        lambda example: not example.supervised and not example.cut_supervised,
-        "have no supervised token: nothing would be learned from them",
-        report.problems,
+    return check_tokens(
+        TokenDataset.of(rendered),
+        tokenizer,
+        settings,
+        eval_dataset=None if eval_rendered is None else TokenDataset.of(eval_rendered),
+        training=Training(batch_size=batch_size),
+        vocab_size=vocab_size,
     )
-    find(
-        lambda example: not example.supervised and example.cut_supervised > 0,
-        f"lose every supervised token to max_length={limit}: raise it, or drop these rows",
-        report.problems,
-    )
-    if settings.overlong != "truncate":
-        find(
-            lambda example: example.supervised > 0 and example.cut_supervised > 0,
-            f"lose part of the supervised text, its stop token included, to max_length={limit}: "
-            "raise it, shorten them, or set overlong='truncate'",
-            report.problems,
-        )
-    find(
-        lambda example: not example.cut_supervised and _last_supervised(example) not in {None, *stops},
-        "do not supervise a stop token at the end of the answer: the model would never learn to stop",
-        report.problems,
-    )
-    find(
-        lambda example: bos is not None and example.input_ids[:2] == [bos, bos],
-        "begin with two BOS tokens: remove it from the text or from the chat template",
-        report.problems,
-    )
-    find(
-        lambda example: min(example.input_ids, default=0) < 0 or max(example.input_ids, default=0) >= vocab,
-        f"hold token ids outside the vocabulary of {vocab}: the tokenizer is not this model's, "
-        "or the embedding was not resized for its new tokens",
-        report.problems,
-    )
-    if not where:
-        special = {"bos": bos, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-        outside = [f"{name}={id_}" for name, id_ in special.items() if id_ is not None and not 0 <= id_ < vocab]
-        if outside:
-            report.problems.append(f"special tokens outside the vocabulary of {vocab}: {', '.join(outside)}")
-        if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]:
-            find(
-                lambda example: example.input_ids[:1] != [bos],
-                "do not begin with the BOS token that the tokenizer adds to plain text: "
-                "the chat template leaves it out",
-                report.notes,
-            )
-    find(
-        lambda example: example.supervised == 1,
-        "supervise nothing but one token: an empty answer?",
-        report.notes,
-    )
-    if settings.overlong == "truncate":
-        find(lambda example: example.cut_supervised > 0, f"are cut to max_length={limit}", report.notes)
 
 
-def _last_supervised(example: Rendered) -> int | None:
-    return next((label for label in reversed(example.labels) if label != IGNORE), None)
+def check_features(
+    features: Sequence[Mapping[str, Any]], tokenizer: Any, settings: RenderSettings, **more: Any
+) -> CheckReport:
+    """`check_tokens` for rows that are tokens already.
+
+    Args:
+        features: each with ``input_ids``, and ``labels`` where not every token is learned.
+        more: further arguments of `check_tokens`.
+
+    Raises:
+        DataError: ids and labels of different lengths.
+    """
+    made = []
+    for i, row in enumerate(features):
+        ids = [int(id_) for id_ in row["input_ids"]]
+        labels = ids if row.get("labels") is None else [int(label) for label in row["labels"]]
+        if len(ids) != len(labels):
+            raise DataError(f"row {i} has {len(ids)} input_ids and {len(labels)} labels: give one label for each id")
+        made.append(Rendered(ids, labels, len(ids)))
+    return check_tokens(TokenDataset.of(made), tokenizer, settings, **more)
+
+
+def _placed(finding: Finding, rows: Rows | None) -> Finding:
+    """The finding with the files and lines of its rows, where they are known."""
+    if not isinstance(rows, Sequence) or not finding.rows or finding.rows[-1] >= len(rows):
+        return finding
+    shown = [rows[number] for number in finding.rows]
+    places = tuple(row.where for row in shown if isinstance(row, Row))
+    return dataclasses.replace(finding, places=places) if len(places) == len(shown) else finding
+
+
+def _vocab_of(model_config: Any) -> int | None:
+    if model_config is None:
+        return None
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return getattr(text, "vocab_size", None)

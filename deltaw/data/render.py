@@ -1,21 +1,28 @@
 """One row -> token ids and labels: what the model reads, and which of it the loss covers.
 
-Knows nothing of files, batches or models. Three promises, each tested:
+Knows nothing of files, batches or models. Four promises, each tested:
 
 - the tokens before an answer are those that generation sees for the same prompt (`render_prompt`);
 - the token that ends an answer is always supervised, so that a trained model stops;
-- nothing is cut silently: a truncated example says how long it was and how many supervised tokens it lost.
+- nothing is cut silently: a truncated example says how long it was and how many supervised tokens it lost;
+- nothing that a row says becomes a control token: what looks like one is encoded as plain text, and counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.data.chat import Segment, apply_template, chat_segments, encode, ends_turn, stop_token_ids
+from deltaw.data.chat import Segment, apply_template, chat_segments, ends_turn, stop_token_ids
+from deltaw.data.encode import control_tokens, encode_parts
 from deltaw.data.formats import Example, Message, to_example
-from deltaw.errors import ConfigError, DataError
+from deltaw.data.guard import Guard
+from deltaw.data.overlong import blocks, cut_right, shorten_prompt
+from deltaw.data.rendered import IGNORE, Rendered
+from deltaw.data.rows import where
+from deltaw.errors import ConfigError, DataError, did_you_mean
 
 __all__ = [
     "DEFAULT_SETTINGS",
@@ -24,11 +31,12 @@ __all__ = [
     "Rendered",
     "render",
     "render_all",
+    "render_examples",
     "render_prompt",
     "stop_token_ids",
 ]
 
-IGNORE = -100
+OVERLONG = ("error", "drop", "truncate_prompt", "truncate")
 SHOWN_ERRORS = 5
 
 
@@ -37,7 +45,8 @@ class RenderSettings:
     """How rows become tokens; the fields are SFTConfig's.
 
     Args:
-        max_length: longest example in tokens; longer ones are cut on the right. None cuts nothing.
+        max_length: longest example in tokens; None is no limit. Plain text that is longer is cut into blocks of it; of
+            other rows `overlong` decides.
         completion_only_loss: None puts the loss on the answers where a row has any (a completion, the
             assistant's turns) and on everything for plain text; True is the same, but refuses plain text;
             False puts it on every token.
@@ -47,9 +56,11 @@ class RenderSettings:
         text_field: the column of plain text.
         last_turn_only_loss: the loss covers the last answer of a conversation and nothing else.
         dataset_format: of the rows, as `deltaw.data.formats` names them; "auto" looks at their keys.
-        overlong: what becomes of an example longer than `max_length`: "error" (found by the check), "drop",
-            "truncate_prompt" (cut from the left, the answer stays whole), or "truncate" (cut on the right).
-        chat_template: used in place of the tokenizer's own.
+        overlong: what becomes of an example longer than `max_length`: "error" (cut on the right, which the check
+            refuses), "drop", "truncate_prompt" (its prompt is cut from the left, the answer stays whole), or "truncate"
+            (cut on the right).
+        chat_template: used in place of the tokenizer's own: its text, a name (``deltaw.data.templates``) or a file.
+        label_names: the labels of a classification, all of them, in the order of their numbers.
     """
 
     max_length: int | None = 1024
@@ -60,36 +71,21 @@ class RenderSettings:
     dataset_format: str = "auto"
     overlong: str = "error"
     chat_template: str | None = None
+    label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 1:
-            raise ConfigError(f"max_length must be at least 1, or None for no limit; not {self.max_length}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2, or None for no limit; not {self.max_length}")
+        if self.overlong not in OVERLONG:
+            near = did_you_mean(self.overlong, OVERLONG)
+            raise ConfigError(f"overlong = {self.overlong!r} must be one of {', '.join(OVERLONG)}{near}")
 
 
 DEFAULT_SETTINGS = RenderSettings()
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """One example, ready to be batched. `labels` are the ids where the loss is taken, `IGNORE` elsewhere."""
-
-    input_ids: list[int]
-    labels: list[int]
-    length_before_truncation: int
-    cut_supervised: int = 0  # supervised tokens that truncation removed
-
-    @property
-    def supervised(self) -> int:
-        """How many tokens the loss covers."""
-        return len(self.labels) - self.labels.count(IGNORE)
-
-    def as_features(self) -> dict[str, list[int]]:
-        """What a data loader hands to the collator."""
-        return {"input_ids": self.input_ids, "labels": self.labels}
-
-
 def render(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DEFAULT_SETTINGS) -> Rendered:
-    """Token ids and labels of one row.
+    """Token ids and labels of one row, as one example: what is too long is cut on the right.
 
     Args:
         row: in any format of `deltaw.data.formats`.
@@ -99,23 +95,39 @@ def render(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DE
     Raises:
         DataError: the row cannot be understood, or cannot be rendered as the settings ask.
     """
-    example = _example(row, tokenizer, settings, answered=True)
-    _require_fit(example, settings)
-    segments = _segments(example, tokenizer, settings)
-    ids, labels = _tokens(tokenizer, segments, [] if example.is_chat else _lead(tokenizer, segments))
-    # a template closes the turn itself; where nothing does, eos must, or the model never learns to stop
-    if segments and segments[-1].supervised and not (example.is_chat and ends_turn(tokenizer, segments[-1].text)):
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no eos token, so no example can end: set tokenizer.eos_token")
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
-    labels[:1] = [IGNORE] * len(labels[:1])  # nothing precedes the first token, so nothing predicts it
-    length = len(ids)
-    cut = slice(length if settings.max_length is None else settings.max_length, None)
-    lost = sum(label != IGNORE for label in labels[cut])
-    del ids[cut], labels[cut]
-    return Rendered(ids, labels, length, lost)
+    one = _Row.of(row, tokenizer, settings)
+    return dataclasses.replace(cut_right(one.tokens(one.example), settings.max_length), escaped=one.escaped)
+
+
+def render_examples(
+    row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DEFAULT_SETTINGS
+) -> list[Rendered]:
+    """The examples that a row becomes: none if it is dropped, blocks of a long plain text, else one.
+
+    Args:
+        row, tokenizer, settings: as for `render`.
+
+    Raises:
+        DataError: as `render`; or an answer that does not fit, where only the prompt may be cut.
+    """
+    one = _Row.of(row, tokenizer, settings)
+    whole = one.tokens(one.example)
+    limit = settings.max_length
+    if limit is None or len(whole[0]) <= limit:
+        made = [cut_right(whole, limit)]
+    elif one.example.text is not None:
+        made = blocks(whole, limit, one.control.bos)
+    elif settings.overlong == "drop":
+        made = []
+    elif settings.overlong == "truncate_prompt":
+        ids, labels = shorten_prompt(one.example, one.first_answer, one.tokens, limit)
+        lost = labels.count(IGNORE) - len(ids) + len(whole[1]) - whole[1].count(IGNORE)
+        made = [Rendered(ids, labels, len(whole[0]), max(0, lost))]
+    else:
+        made = [cut_right(whole, limit)]
+    if one.escaped and made:
+        made[0] = dataclasses.replace(made[0], escaped=one.escaped)
+    return made
 
 
 def render_prompt(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings = DEFAULT_SETTINGS) -> list[int]:
@@ -126,12 +138,16 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettin
     Raises:
         DataError: as `render`.
     """
-    example = _example(row, tokenizer, settings, answered=False)
+    one = _Row.of(row, tokenizer, settings, answered=False)
+    example = one.example
     if not example.is_chat:
         text = example.prompt if isinstance(example.prompt, str) else example.text or ""
-        segments = [Segment(text, False)]
-        return _tokens(tokenizer, segments, _lead(tokenizer, segments))[0]
-    messages = _prompt_messages(example)
+        return one.lead() + one.encode([text])[0]
+    messages = example.messages
+    if messages is None:
+        messages = example.prompt if isinstance(example.prompt, list) else []
+    elif messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
     text = apply_template(
         tokenizer,
         messages,
@@ -139,7 +155,7 @@ def render_prompt(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettin
         chat_template=settings.chat_template,
         add_generation_prompt=True,
     )
-    return encode(tokenizer, text)
+    return one.encode([text])[0]
 
 
 def render_all(
@@ -165,7 +181,7 @@ def render_all(
         except DataError as error:
             bad += 1
             if len(faults) < SHOWN_ERRORS:
-                faults.append(f"row {i}: {error}")
+                faults.append(f"{where(row, i)}: {error}")
         if progress is not None and ((i + 1) % 64 == 0 or i + 1 == len(rows)):
             progress(i + 1, len(rows))
     if bad:
@@ -175,9 +191,104 @@ def render_all(
     return done
 
 
-def _example(row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings, *, answered: bool) -> Example:
-    chat = bool(settings.chat_template or tokenizer.chat_template)
-    return to_example(row, settings.text_field, chat=chat, answered=answered)
+@dataclass
+class _Row:
+    """One row on its way to tokens."""
+
+    example: Example  # with marks in it, where it is guarded
+    tokenizer: Any
+    settings: RenderSettings
+    guard: Guard | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], tokenizer: Any, settings: RenderSettings, *, answered: bool = True) -> _Row:
+        example = to_example(
+            row,
+            settings.text_field,
+            chat=bool(settings.chat_template or tokenizer.chat_template),
+            answered=answered,
+            dataset_format=settings.dataset_format,
+            label_names=settings.label_names,
+        )
+        if answered:
+            _require_fit(example, settings)
+        example = _unwrapped(example, tokenizer, answered)
+        guard = Guard.over(tokenizer, *_strings(example))
+        return cls(example if guard is None else _hidden(example, guard), tokenizer, settings, guard)
+
+    @property
+    def escaped(self) -> int:
+        return 0 if self.guard is None else self.guard.count
+
+    @property
+    def control(self) -> Any:
+        return control_tokens(self.tokenizer)
+
+    def encode(self, parts: Sequence[str]) -> list[list[int]]:
+        return encode_parts(self.tokenizer, parts, None if self.guard is None else self.guard.encode)
+
+    def lead(self) -> list[int]:
+        """``[bos]`` where the tokenizer puts one before plain text."""
+        bos = self.control.bos
+        return [] if bos is None else [bos]
+
+    def tokens(self, example: Example) -> tuple[list[int], list[int]]:
+        """Ids and labels of the example, uncut."""
+        try:
+            return self._tokens(example)
+        except DataError as error:
+            raise error if self.guard is None else self.guard.show_error(error) from error
+
+    def _tokens(self, example: Example) -> tuple[list[int], list[int]]:
+        segments = self._segments(example)
+        lead = [] if example.is_chat else self.lead()
+        ids, labels = list(lead), [IGNORE] * len(lead)
+        for new, (_, supervised) in zip(self.encode([text for text, _ in segments]), segments, strict=True):
+            ids += new
+            labels += new if supervised else [IGNORE] * len(new)
+        # a template closes the turn itself; where nothing does, eos must, or the model never learns to stop
+        closed = example.is_chat and ends_turn(self.tokenizer, segments[-1].text)
+        if segments[-1].supervised and not closed:
+            if self.tokenizer.eos_token_id is None:
+                raise DataError("the tokenizer has no eos token, so no example can end: set tokenizer.eos_token")
+            ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+        bos = self.tokenizer.bos_token_id
+        if example.is_chat and bos is not None and bos != self.tokenizer.eos_token_id and ids[:2] == [bos, bos]:
+            raise DataError("the chat template writes BOS twice at the beginning: remove one from the template")
+        labels[:1] = [IGNORE] * len(labels[:1])  # nothing precedes the first token, so nothing predicts it
+        return ids, labels
+
+    def _segments(self, example: Example) -> list[Segment]:
+        everything = self.settings.completion_only_loss is False and not self.settings.assistant_only_loss
+        if example.text is not None:
+            return [Segment(example.text, True)]
+        if isinstance(example.prompt, str):
+            return [Segment(example.prompt, everything), Segment(str(example.completion), True)]
+        messages, answers = self._answers(example)
+        segments = chat_segments(
+            self.tokenizer,
+            messages,
+            answers,
+            tools=example.tools,
+            chat_template=self.settings.chat_template,
+        )
+        return [segment._replace(supervised=True) for segment in segments] if everything else segments
+
+    def _answers(self, example: Example) -> tuple[list[Message], list[int]]:
+        """All messages, and the indices of those that the loss covers."""
+        messages, first = example.messages or [], 0
+        if isinstance(example.prompt, list) and isinstance(example.completion, list):
+            messages = [*example.prompt, *example.completion]
+            first = 0 if self.settings.completion_only_loss is False else len(example.prompt)
+        answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        return messages, answers[-1:] if self.settings.last_turn_only_loss else answers
+
+    @property
+    def first_answer(self) -> int:
+        """Index of the first message that the loss covers; 0 where nothing is a message."""
+        answers = self._answers(self.example)[1] if self.example.is_chat else []
+        return answers[0] if answers else 0
 
 
 def _require_fit(example: Example, settings: RenderSettings) -> None:
@@ -187,53 +298,51 @@ def _require_fit(example: Example, settings: RenderSettings) -> None:
         raise DataError("completion_only_loss=True needs an answer, and this row is plain text")
 
 
-def _prompt_messages(example: Example) -> list[Message]:
-    """The conversation up to the answer that is to be generated."""
-    messages = example.messages
-    if messages is None:
-        return example.prompt if isinstance(example.prompt, list) else []
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+def _unwrapped(example: Example, tokenizer: Any, answered: bool) -> Example:
+    """Without the BOS at the very start of a plain text and the EOS at its end: each is added as a token, once."""
+    if example.is_chat:
+        return example
+    bos = tokenizer.bos_token if control_tokens(tokenizer).bos is not None else None
+    eos = tokenizer.eos_token if answered else None
+    changed = {}
+    for name, begins, ends in (("text", True, True), ("prompt", True, False), ("completion", False, True)):
+        text = getattr(example, name)
+        if isinstance(text, str):
+            text = text.removeprefix(bos) if begins and bos else text
+            changed[name] = text.removesuffix(eos) if ends and eos else text
+    return dataclasses.replace(example, **changed)
 
 
-def _segments(example: Example, tokenizer: Any, settings: RenderSettings) -> list[Segment]:
-    everything = settings.completion_only_loss is False and not settings.assistant_only_loss
-    if example.text is not None:
-        return [Segment(example.text, True)]
-    if isinstance(example.prompt, str):
-        return [Segment(example.prompt, everything), Segment(str(example.completion), True)]
-    messages, first = example.messages or [], 0
-    if isinstance(example.prompt, list) and isinstance(example.completion, list):
-        messages = [*example.prompt, *example.completion]
-        first = 0 if settings.completion_only_loss is False else len(example.prompt)
-    segments = chat_segments(
-        tokenizer,
-        messages,
-        [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"],
-        tools=example.tools,
-        chat_template=settings.chat_template,
-    )
-    return [segment._replace(supervised=True) for segment in segments] if everything else segments
+def _strings(example: Example) -> tuple[list[str], list[Any]]:
+    """The texts of a row, and what else it holds. Roles are left out: they are known words."""
+    texts = [text for text in (example.text, example.prompt, example.completion) if isinstance(text, str)]
+    others: list[Any] = [example.tools] if example.tools else []
+    for messages in (example.messages, example.prompt, example.completion):
+        for message in messages if isinstance(messages, list) else ():
+            for name, value in message.items():
+                if isinstance(value, str):
+                    if name != "role":
+                        texts.append(value)
+                else:
+                    others.append(value)
+    return texts, others
 
 
-def _lead(tokenizer: Any, segments: Sequence[Segment]) -> list[int]:
-    """``[bos]`` where the tokenizer puts one before plain text and the text does not bring its own."""
-    bos = tokenizer.bos_token_id
-    if bos is None or tokenizer("a", verbose=False)["input_ids"][:1] != [bos]:
-        return []
-    return [] if encode(tokenizer, segments[0].text)[:1] == [bos] else [bos]
+def _hidden(example: Example, guard: Guard) -> Example:
+    def hidden(value: Any) -> Any:
+        if isinstance(value, str):
+            return guard.hide(value)
+        return [
+            {
+                name: item if name == "role" else guard.hide(item) if isinstance(item, str) else guard.hide_all(item)
+                for name, item in message.items()
+            }
+            for message in value
+        ]
 
-
-def _tokens(tokenizer: Any, segments: Sequence[Segment], lead: list[int]) -> tuple[list[int], list[int]]:
-    """Ids and labels, with every segment's start on a token boundary.
-
-    The text up to the end of a segment is tokenized as a whole, as generation would do it. Where a token
-    would then straddle the cut, so that the tokens before it change, the segment is tokenized alone.
-    """
-    ids, labels, text = list(lead), [IGNORE] * len(lead), ""
-    for piece, supervised in segments:
-        text += piece
-        whole = lead + encode(tokenizer, text)
-        new = whole[len(ids) :] if whole[: len(ids)] == ids else encode(tokenizer, piece)
-        ids += new
-        labels += new if supervised else [IGNORE] * len(new)
-    return ids, labels
+    texts = {
+        name: hidden(value)
+        for name in ("prompt", "completion", "messages", "text")
+        if (value := getattr(example, name)) is not None
+    }
+    return dataclasses.replace(example, **texts, tools=example.tools and guard.hide_all(example.tools))

@@ -6,6 +6,7 @@ tokenizer are left as they were found.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,15 @@ from transformers import GenerationConfig, TextStreamer
 from deltaw.data import RenderSettings, render_prompt, stop_token_ids
 from deltaw.errors import ConfigError, DataError
 
-__all__ = ["Prompt", "as_prompt_ids", "generate_batch", "inference", "stream_answer"]
+__all__ = [
+    "Prompt",
+    "as_prompt_ids",
+    "generate_batch",
+    "generate_ids",
+    "inference",
+    "stream_answer",
+    "text_of",
+]
 
 # A text to continue, a conversation to answer, or a row of a data set (an answer in it is not read).
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -49,11 +58,37 @@ def generate_batch(
         ConfigError: ``max_new_tokens`` or ``batch_size`` below 1.
         DataError: prompts that are empty, or that leave no room for an answer in the model's window.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size} must be at least 1")
+    _require_sizes(max_new_tokens, batch_size)
     ids = [as_prompt_ids(prompt, tokenizer, settings) for prompt in prompts]
+    return generate_ids(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        stops=stop_token_ids(tokenizer, None if settings is None else settings.chat_template),
+    )
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: Callable[[int, int], object] | None = None,
+    stops: list[int] | None = None,
+) -> list[str]:
+    """As :func:`generate_batch`, for prompts that are token ids already.
+
+    Args:
+        stops: ids that end an answer; None: the tokenizer's.
+    """
+    _require_sizes(max_new_tokens, batch_size)
     _require_room(model, ids, max_new_tokens)
-    stops = stop_token_ids(tokenizer)
+    stops = stop_token_ids(tokenizer) if stops is None else stops
     pad = _pad_id(tokenizer, stops)
     config = _generation_config(max_new_tokens, stops, pad)
     device = next(model.parameters()).device
@@ -75,7 +110,7 @@ def generate_batch(
                 generation_config=config,
             )
             for row, i in enumerate(batch):
-                answers[i] = _text(tokenizer, out[row, width:].tolist(), stops)
+                answers[i] = text_of(tokenizer, out[row, width:].tolist(), stops)
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
     return answers
@@ -111,7 +146,7 @@ def stream_answer(
         )
     ids = as_prompt_ids(prompt, tokenizer, settings)
     _require_room(model, [ids], max_new_tokens)
-    stops = stop_token_ids(tokenizer)
+    stops = stop_token_ids(tokenizer, None if settings is None else settings.chat_template)
     config = _generation_config(max_new_tokens, stops, _pad_id(tokenizer, stops), temperature, top_p)
     device = next(model.parameters()).device
     streamer = _Pieces(tokenizer, on_text)
@@ -126,22 +161,24 @@ def stream_answer(
             generation_config=config,
             streamer=streamer,
         )
-    return _text(tokenizer, out[0, len(ids) :].tolist(), stops)
+    return text_of(tokenizer, out[0, len(ids) :].tolist(), stops)
 
 
 def as_prompt_ids(prompt: Prompt, tokenizer: Any, settings: RenderSettings | None = None) -> list[int]:
     """The ids a prompt is answered from, as training saw them before an answer.
 
+    A control token that is written in the prompt (``<|im_end|>``) is plain text here, as it is in training.
+
     Raises:
         DataError: an empty prompt, or one that the chat template refuses.
     """
     settings = settings if settings is not None else RenderSettings()
-    if isinstance(prompt, str):
-        row: Mapping[str, Any] = {settings.text_field: prompt}
-    elif isinstance(prompt, Mapping):
+    row: Mapping[str, Any]
+    if isinstance(prompt, Mapping):
         row = prompt
     else:
-        row = {"messages": list(prompt)}
+        row = {settings.text_field: prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
+        settings = dataclasses.replace(settings, dataset_format="auto")  # that is said of rows
     ids = render_prompt(row, tokenizer, settings)
     if not ids:
         raise DataError("an empty prompt has nothing to be continued: give it some text")
@@ -200,12 +237,19 @@ def _pad_id(tokenizer: Any, stops: list[int]) -> int:
     return stops[0] if stops else 0
 
 
-def _text(tokenizer: Any, ids: list[int], stops: list[int]) -> str:
+def text_of(tokenizer: Any, ids: Sequence[int], stops: Sequence[int] | None = None) -> str:
+    """The text of an answer: up to its stop token (None: the tokenizer's), without special tokens."""
+    stops = stop_token_ids(tokenizer) if stops is None else stops
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return tokenizer.decode(ids[:end], skip_special_tokens=True)
 
 
-def _require_room(model: Any, ids: list[list[int]], max_new_tokens: int) -> None:
+def _require_sizes(max_new_tokens: int, batch_size: int) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens} and batch_size = {batch_size} must be at least 1")
+
+
+def _require_room(model: Any, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     window = getattr(model.config, "max_position_embeddings", None)
     if window is None:
         return

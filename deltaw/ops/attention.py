@@ -2,12 +2,16 @@
 
 PyTorch's flash kernel has no use for a CPU's matrix throughput when sequences are short; two batched products with a
 softmax between are faster up to a few hundred tokens. Query heads that share a key head are stacked, so keys and values
-are never repeated; probabilities are made again in backward, so nothing quadratic in the length is kept.
+are never repeated; probabilities are made again in backward, so nothing quadratic in the length is kept. Rows that hold
+several examples, with the bounds that flash attention takes (``cu_seq_lens_q``), go through
+:mod:`deltaw.ops.packed_attention`.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,14 +20,30 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from deltaw.errors import ModelError
 from deltaw.ops.order import first_order
+from deltaw.ops.packed_attention import SHORT, packed_attention, probabilities
 
-__all__ = ["ATTENTION", "causal_attention"]
+__all__ = ["ATTENTION", "causal_attention", "example_bounds"]
 
 #: the name under which transformers finds this attention
 ATTENTION = "deltaw"
-#: longest sequence (tokens) that the plain products are taken for, by dtype: beyond it the flash kernel is as fast
-SHORT = {torch.bfloat16: 384, torch.float32: 160}
+
+_bounded: ContextVar[bool] = ContextVar("bounded", default=False)
+
+
+@contextmanager
+def example_bounds(given: bool = True) -> Iterator[None]:
+    """Inside, no mask is made for this attention: the bounds of the examples reach it as ``cu_seq_lens_q``.
+
+    Args:
+        given: False, where a batch has no bounds, for a mask as ever.
+    """
+    token = _bounded.set(given)
+    try:
+        yield
+    finally:
+        _bounded.reset(token)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -50,24 +70,8 @@ def _stack(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    p = _probabilities(q, k, t)
+    p = probabilities(q, k, t)
     return torch.bmm(p, v), p
-
-
-def _probabilities(q: Tensor, k: Tensor, t: int) -> Tensor:
-    scores = torch.bmm(q, k.transpose(1, 2))  # (b g, h/g t, t)
-    shaped = scores.view(scores.shape[0], -1, t, t)
-    if torch.compiler.is_compiling():
-        shaped = shaped + _future.__wrapped__(t, q.dtype, q.device)
-    else:
-        shaped.add_(_future(t, q.dtype, q.device))
-    return torch.softmax(shaped, -1).view(scores.shape)
-
-
-@functools.lru_cache(maxsize=16)
-def _future(t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(t, t): minus infinity above the diagonal; the same for every layer of a step, so it is kept."""
-    return torch.full((t, t), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -83,7 +87,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         q_shape, k_shape, v_shape = ctx.shapes
-        p = _probabilities(q, k, q_shape[2])
+        p = probabilities(q, k, q_shape[2])
         grad = grad.reshape(q.shape[0], q.shape[1], v.shape[-1])
         dv = torch.bmm(p.transpose(1, 2), grad)
         dp = torch.bmm(grad, v.transpose(1, 2))
@@ -106,7 +110,17 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: takes what the plain products do faster, hands the rest to sdpa."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    t = query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bounds, t = kwargs.get("cu_seq_lens_q"), query.shape[2]
+    if attention_mask is None and bounds is not None:
+        strange = [name for name in ("softcap", "position_bias", "cache", "s_aux") if kwargs.get(name) is not None]
+        if strange or not causal:
+            raise ModelError(
+                f"{type(module).__name__} attends in a way that is not known for several examples in a row "
+                f"({', '.join(strange) or 'not causal'}): leave out packing and padding_free"
+            )
+        window = kwargs.get("sliding_window")
+        return packed_attention(query, key, value, bounds, scale, window, dropout), None
     plain = (
         attention_mask is None
         and causal
@@ -132,10 +146,15 @@ def _forward(
             is_causal=is_causal,
             **kwargs,
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = causal_attention(query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    if _bounded.get() and attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, _forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -1,4 +1,4 @@
-"""Charts as SVG text: a loss curve, and grouped bars with intervals. Given numbers, draws them.
+"""Charts as SVG text: a loss curve, grouped bars with intervals, a histogram. Given numbers, draws them.
 
 Colours are CSS variables with fallbacks and texts are real text, so that one chart reads well on a light and
 on a dark page, and also alone. Knows nothing of models, pages or files. matplotlib is needed only here.
@@ -18,7 +18,7 @@ from typing import Any
 
 from deltaw.errors import ConfigError, MissingExtra
 
-__all__ = ["Bars", "grouped_bars", "loss_curve", "smooth"]
+__all__ = ["Bars", "grouped_bars", "histogram", "loss_curve", "smooth"]
 
 # matplotlib knows fixed colours only: each is drawn in a colour of its own and then becomes a CSS variable,
 # which a page sets for each theme. name -> (drawn, where no page sets it)
@@ -78,6 +78,7 @@ def loss_curve(
     losses: Sequence[float],
     *,
     learning_rate: Sequence[float] | None = None,
+    evaluations: Sequence[tuple[float, float]] = (),
     weight: float = 0.75,
     title: str = "Training loss by step",
 ) -> str:
@@ -85,6 +86,7 @@ def loss_curve(
 
     Args:
         steps, losses, learning_rate: of one length; losses that are not finite leave a gap.
+        evaluations: (step, loss) on held-out examples, drawn as marks.
         weight: of :func:`smooth`.
         title: read out in place of the picture; it is not drawn.
 
@@ -92,33 +94,25 @@ def loss_curve(
         ConfigError: nothing to draw, or lengths that differ.
         MissingExtra: matplotlib is not installed.
     """
-    given = {"steps": steps, "losses": losses, "learning_rate": learning_rate}
-    lengths = {name: len(values) for name, values in given.items() if values is not None}
-    if len(set(lengths.values())) != 1 or not losses:
-        raise ConfigError(f"drawing a loss curve of {lengths}: give as many of each, and at least one")
     with _figure() as (figure, paint):
-        axes = figure.add_subplot()
-        raw = [value if math.isfinite(value) else math.nan for value in losses]
-        dots = "." if len(raw) < 3 else None
-        axes.plot(steps, raw, color=paint["first"], linewidth=1.0, marker=dots, label="each step")
-        axes.plot(steps, smooth(raw, weight), color=paint["second"], linewidth=2.0, label="smoothed")
-        axes.set(xlabel="step", ylabel="loss")
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.02)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        handles, labels = axes.get_legend_handles_labels()
-        if learning_rate is not None:
-            right = axes.twinx()
-            (line,) = right.plot(steps, learning_rate, color=paint["faint"], linewidth=1.0, linestyle=(0, (4, 3)))
-            right.set_ylabel("learning rate", color=paint["faint"])
-            right.set_ylim(bottom=0)
-            right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-            right.tick_params(colors=paint["faint"])
-            _bare(right, sides=())
-            handles, labels = [*handles, line], [*labels, "learning rate"]
-        _bare(axes)
-        _legend(axes, handles, labels)
+        _draw_loss(figure, paint, steps, losses, learning_rate, evaluations, weight)
         return _svg(figure, title)
+
+
+def loss_picture(
+    steps: Sequence[float],
+    losses: Sequence[float],
+    *,
+    learning_rate: Sequence[float] | None = None,
+    evaluations: Sequence[tuple[float, float]] = (),
+    weight: float = 0.75,
+) -> bytes:
+    """As :func:`loss_curve`, as a PNG on white: for pages that show no SVG, such as model cards on a hub."""
+    with _figure(alone=True) as (figure, paint):
+        _draw_loss(figure, paint, steps, losses, learning_rate, evaluations, weight)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def grouped_bars(
@@ -174,12 +168,81 @@ def grouped_bars(
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100%"])
         axes.set_ylabel(y_label)
         axes.tick_params(axis="x", length=0)
-        _bare(axes)
+        _bare(axes, paint)
         _legend(axes, *axes.get_legend_handles_labels())
         return _svg(figure, title)
 
 
+def histogram(
+    ranges: Sequence[tuple[int, int, int]], *, x_label: str = "", y_label: str = "", title: str = "How many of each"
+) -> str:
+    """How many there are in each range.
+
+    Args:
+        ranges: (first, last, how many), from left to right, of one width.
+        x_label, y_label: of the axes.
+        title: read out in place of the picture; it is not drawn.
+
+    Raises:
+        ConfigError: nothing to draw.
+        MissingExtra: matplotlib is not installed.
+    """
+    if not ranges:
+        raise ConfigError("drawing a histogram of nothing: give at least one range")
+    with _figure() as (figure, paint):
+        axes = figure.add_subplot()
+        width = ranges[0][1] - ranges[0][0] + 1
+        lefts, counts = [low for low, _, _ in ranges], [count for _, _, count in ranges]
+        axes.bar(lefts, counts, width * 0.92, align="edge", color=paint["second"])
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.margins(x=0.02)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        _bare(axes, paint)
+        return _svg(figure, title)
+
+
 # --- the small steps ----------------------------------------------------------------------------------------
+
+
+def _draw_loss(
+    figure: Any,
+    paint: dict[str, str],
+    steps: Sequence[float],
+    losses: Sequence[float],
+    learning_rate: Sequence[float] | None,
+    evaluations: Sequence[tuple[float, float]],
+    weight: float,
+) -> None:
+    given = {"steps": steps, "losses": losses, "learning_rate": learning_rate}
+    lengths = {name: len(values) for name, values in given.items() if values is not None}
+    if len(set(lengths.values())) != 1 or not losses:
+        raise ConfigError(f"drawing a loss curve of {lengths}: give as many of each, and at least one")
+    axes = figure.add_subplot()
+    raw = [value if math.isfinite(value) else math.nan for value in losses]
+    dots = "." if len(raw) < 3 else None
+    axes.plot(steps, raw, color=paint["first"], linewidth=1.0, marker=dots, label="each step")
+    axes.plot(steps, smooth(raw, weight), color=paint["second"], linewidth=2.0, label="smoothed")
+    if seen := [(step, loss) for step, loss in evaluations if math.isfinite(loss)]:
+        axes.plot(
+            *zip(*seen, strict=True), color=paint["mark"], linewidth=1.2, marker="o", markersize=4, label="held out"
+        )
+    axes.set(xlabel="step", ylabel="loss")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes.get_legend_handles_labels()
+    if learning_rate is not None:
+        right = axes.twinx()
+        (line,) = right.plot(steps, learning_rate, color=paint["faint"], linewidth=1.0, linestyle=(0, (4, 3)))
+        right.set_ylabel("learning rate", color=paint["faint"])
+        right.set_ylim(bottom=0)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        right.tick_params(colors=paint["faint"])
+        _bare(right, paint, sides=())
+        handles, labels = [*handles, line], [*labels, "learning rate"]
+    _bare(axes, paint)
+    _legend(axes, handles, labels)
 
 
 def _check_bars(labels: Sequence[str], series: Sequence[Bars], marks: Bars | None) -> None:
@@ -197,14 +260,15 @@ def _check_bars(labels: Sequence[str], series: Sequence[Bars], marks: Bars | Non
 
 
 @contextmanager
-def _figure() -> Any:
-    """A figure without any global state but the settings of this one drawing, and its paints by name."""
+def _figure(*, alone: bool = False) -> Any:
+    """A figure without any global state but the settings of this one drawing, and its paints by name; ``alone``: those
+    of a picture that stands on no page of ours."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtra("matplotlib", "report", "drawing a chart") from None
-    paint = {name: drawn for name, (drawn, _) in _PAINTS.items()}
+    paint = {name: fallback if alone else drawn for name, (drawn, fallback) in _PAINTS.items()}
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: it can be searched, and it takes the page's font
         "svg.hashsalt": "deltaw",  # the same numbers give the same file
@@ -220,14 +284,14 @@ def _figure() -> Any:
         yield Figure(figsize=_SIZE, layout="constrained"), paint
 
 
-def _bare(axes: Any, sides: Sequence[str] = ("bottom",)) -> None:
+def _bare(axes: Any, paint: dict[str, str], sides: Sequence[str] = ("bottom",)) -> None:
     """No box around the data; faint lines across where the axis has its own side."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in sides)
     axes.tick_params(axis="y", length=0)
     if sides:
         axes.set_axisbelow(True)
-        axes.grid(axis="y", color=_PAINTS["grid"][0], linewidth=0.8)
+        axes.grid(axis="y", color=paint["grid"], linewidth=0.8)
 
 
 def _legend(axes: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from deltaw.errors import ConfigError
 
 __all__ = ["Page", "render_page", "save_page"]
 
-Tone = Literal["", "good", "bad", "soft"]
+Tone = Literal["", "good", "bad", "warn", "soft"]
 
 # What an SVG needs to be a picture; what scripts, fetches or embeds is not among them.
 _SVG_TAGS = {
@@ -128,6 +128,21 @@ class Page:
         """Text set as it is, with what it is above it; ``tone`` colours its edge."""
         said = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
         return self._add(f"<figure{_class('snippet', tone)}>{said}<pre>{_text(code)}</pre></figure>")
+
+    def add_marked(self, pieces: Iterable[tuple[str, bool, bool]], *, caption: str = "") -> Self:
+        """Text set as it is, of pieces (text, whether it is marked, whether it is set apart); ``caption`` above it."""
+        said = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+        text = ""
+        for piece, marked, apart in pieces:
+            shown = f"<b>{_text(piece)}</b>" if apart else _text(piece)
+            text += f"<mark>{shown}</mark>" if marked else shown
+        return self._add(f'<figure class="snippet">{said}<pre>{text}</pre></figure>')
+
+    def add_finding(self, name: str, text: str, cure: str = "", tone: Tone = "") -> Self:
+        """Something found: its name, what it is, what to do; ``tone`` colours its edge."""
+        advice = f"<p{_class('soft')}>{_text(cure)}</p>" if cure else ""
+        body = f"<p><strong>{_text(name)}</strong></p><p>{_text(text)}</p>{advice}"
+        return self._add(f"<section{_class('snippet', tone)}>{body}</section>")
 
     def html(self) -> str:
         """The whole file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from deltaw.data import RenderSettings
+from deltaw.data import RenderSettings, with_labels
 from deltaw.errors import ConfigError
 from deltaw.optimizers import argument_faults, name_fault
+from deltaw.train.memory import limit_bytes
+from deltaw.train.runlog import require_trackers
 
 __all__ = ["SFTConfig"]
 
@@ -29,6 +32,7 @@ class SFTConfig(TrainingArguments):
         dataset_text_field: the column of plain-text rows.
         last_turn_only_loss: loss on the last answer of a conversation only.
         dataset_format: of the rows; ``auto`` looks at their keys.
+        dataset_label_names: of a classification, in the order of their numbers; None: the names that the rows give.
         overlong: what becomes of an example longer than ``max_length``: ``error``, ``drop``, ``truncate_prompt`` (from
             the left), or ``truncate`` (its end, supervised text included).
         chat_template: a chat template in place of the tokenizer's: its text, or a name (``chatml``, ...).
@@ -37,9 +41,11 @@ class SFTConfig(TrainingArguments):
         dataset_num_proc: processes that tokenize; None: as many as help.
         dataset_cache: keep the tokens for the next run with the same data, tokenizer, template and options.
         allow: findings of the check that shall not stop the run, by name.
-        max_nonfinite_steps: stop after as many steps in a row whose loss or gradient is not finite.
-        memory_limit: the most memory that the process may take on a CPU (``"24GiB"``).
+        max_nonfinite_steps: stop after as many steps in a row whose loss or gradient is not finite; each is skipped.
+        memory_limit: the most memory that the run may take, on a CPU the process, on a GPU there (``"24GiB"``).
         eval_answers: questions answered and scored at each evaluation.
+        early_stopping_patience: stop after as many evaluations without an improvement; the best adapter is kept.
+        early_stopping_threshold: smaller improvements do not count.
         fast_loss: supervised-row loss and lean blocks; False runs the model's own forward.
         max_seq_length: older name of ``max_length``.
         model_init_kwargs: passed on when ``model`` is given by name.
@@ -53,6 +59,7 @@ class SFTConfig(TrainingArguments):
     report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     include_num_input_tokens_seen: str | bool = "non_padding"
+    logging_nan_inf_filter: bool = False
 
     max_length: int | None = 1024
     completion_only_loss: bool | None = None
@@ -60,6 +67,7 @@ class SFTConfig(TrainingArguments):
     dataset_text_field: str = "text"
     last_turn_only_loss: bool = False
     dataset_format: str = "auto"
+    dataset_label_names: list[str] | None = None
     overlong: str = "error"
     chat_template: str | None = None
     packing: bool = False
@@ -70,6 +78,8 @@ class SFTConfig(TrainingArguments):
     max_nonfinite_steps: int = 3
     memory_limit: str | None = None
     eval_answers: int = 0
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     fast_loss: bool = True
     max_seq_length: int | None = None
     model_init_kwargs: dict[str, Any] | None = None
@@ -86,6 +96,7 @@ class SFTConfig(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         faults += [f"optim={optim!r}: {why}" for why in [name_fault(optim)] if why]
         faults += [f"optim_args={self.optim_args!r}: {why}" for why in argument_faults(optim, self.optim_args)]
+        faults += self._watch_faults()
         if faults:
             raise ConfigError("SFTConfig:\n" + "\n".join(f"  - {fault}" for fault in faults))
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
@@ -98,6 +109,44 @@ class SFTConfig(TrainingArguments):
             self.optim = "paged_adamw_32bit"  # transformers has only the long name
         super().__post_init__()
 
+    def _watch_faults(self) -> list[str]:
+        """What is wrong with how the run is watched; and the defaults of how its best adapter is chosen."""
+        faults = []
+        for check in (lambda: require_trackers(self.report_to), lambda: limit_bytes(self.memory_limit)):
+            try:
+                check()
+            except ConfigError as error:
+                faults.append(str(error))
+        if self.logging_nan_inf_filter:
+            faults.append("logging_nan_inf_filter=True: it hides a loss that is not finite; leave it out")
+        if self.max_nonfinite_steps < 1:
+            faults.append(f"max_nonfinite_steps={self.max_nonfinite_steps}: 1 stops at the first")
+        if self.early_stopping_patience is not None:
+            when, save = (str(getattr(x, "value", x)) for x in (self.eval_strategy, self.save_strategy))
+            if self.early_stopping_patience < 1:
+                faults.append(f"early_stopping_patience={self.early_stopping_patience}: 1 stops at the first")
+            if when == "no":
+                faults.append("early_stopping_patience: nothing is evaluated; set eval_strategy")
+            elif save not in (when, "best"):
+                faults.append(
+                    f"early_stopping_patience keeps the best adapter, but eval_strategy is {when!r} and save_strategy "
+                    f"{save!r}: give both the same value, or save_strategy='best'"
+                )
+            self.load_best_model_at_end = True
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
+            self.greater_is_better = False  # transformers takes all but a loss for better when greater
+        return faults
+
+    def for_rows(self, rows: Any) -> SFTConfig:
+        """These arguments, with the labels of a classification as the training rows have them where none are given."""
+        if self.dataset_label_names is not None:
+            return self
+        if not (names := with_labels(self.render_settings(), rows).label_names):
+            return self
+        changed = copy.copy(self)
+        changed.dataset_label_names = list(names)
+        return changed
+
     def render_settings(self) -> RenderSettings:
         """The part of the config that decides how rows become tokens."""
         return RenderSettings(
@@ -109,4 +158,5 @@ class SFTConfig(TrainingArguments):
             dataset_format=self.dataset_format,
             overlong=self.overlong,
             chat_template=self.chat_template,
+            label_names=None if self.dataset_label_names is None else tuple(self.dataset_label_names),
         )

@@ -23,7 +23,7 @@ from deltaw.ops.norm import rms_norm
 from deltaw.ops.swiglu import swiglu
 from deltaw.weights import has_store, store_of
 
-__all__ = ["compile_layers", "fast_blocks"]
+__all__ = ["compile_layers", "fast_blocks", "runs_fast"]
 
 log = logging.getLogger("deltaw")
 
@@ -60,6 +60,11 @@ def fast_blocks(model: nn.Module, *, modules: bool = True) -> Iterator[None]:
         for config in configs:
             config._attn_implementation = "sdpa"
         _inside.discard(model)
+
+
+def runs_fast(model: nn.Module) -> bool:
+    """Whether ``model`` is inside :func:`fast_blocks` now."""
+    return model in _inside
 
 
 def _sdpa_configs(model: nn.Module) -> list[Any]:

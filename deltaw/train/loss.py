@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ from deltaw.errors import ModelError
 from deltaw.model import PeftModel
 from deltaw.modules import is_checkpointing
 from deltaw.ops import IGNORE, supervised_cross_entropy, supervised_cross_entropy_through
-from deltaw.train.fast import fast_blocks
+from deltaw.ops.attention import example_bounds
+from deltaw.train.fast import fast_blocks, runs_fast
+from deltaw.train.flat import BOUNDS, flat_inputs
+from deltaw.train.parts import base_of, decoder_of
 from deltaw.weights import has_store, store_of
 
-__all__ = ["causal_lm_loss", "require_fast_loss"]
+__all__ = ["causal_lm_loss", "decoder_states", "require_fast_loss"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +63,25 @@ def causal_lm_loss(
         num_items_in_batch: supervised tokens in the whole accumulated batch, which the sum is divided by, so that
             accumulating gradients equals the large batch. None: those of this call.
         adapter_names: one name a row, in place of the active adapters, as in ``PeftModel.forward``.
-        kwargs: further arguments of the decoder (``position_ids``, ...).
+        kwargs: further arguments of the decoder (``position_ids``, ...). A batch of :class:`~deltaw.data.FlatCollator`
+            is one row of several examples: that they do not see each other is proven once a model.
 
     Returns:
         Scalar in float32, with a graph when any parameter trains.
 
     Raises:
-        ModelError: the model computes its logits in a way that is not known here (use its own ``forward``).
+        ModelError: the model computes its logits in a way that is not known here (use its own ``forward``), or cannot
+            keep the examples of one row apart.
         AdapterError: ``adapter_names`` that do not fit, or an adapter on the head, which sees supervised rows only.
     """
-    base = _base_of(model)
+    base = base_of(model)
     head = require_fast_loss(model)
     with contextlib.ExitStack() as stack:
         if adapter_names is not None:
             known = model.peft_config if isinstance(model, PeftModel) else {}
             stack.enter_context(forwarding(base, adapter_names, known, (), {"input_ids": input_ids}))
         # under checkpointing forward runs again in backward, outside of this call: it must run the same way there
-        if not (is_checkpointing(base) and base.training) and not torch.compiler.is_compiling():
+        if not (runs_fast(base) or torch.compiler.is_compiling() or (base.training and is_checkpointing(base))):
             stack.enter_context(fast_blocks(base))
         loss = _loss(base, head, input_ids, labels, attention_mask, num_items_in_batch, kwargs)
     if not (isinstance(model, PeftModel) and model.training and model.base_model.steers):
@@ -95,9 +100,7 @@ def _loss(
     divisor: Tensor | int | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    kwargs = {"use_cache": False, **kwargs}
-    decoder = _decoder_of(base)
-    hidden = decoder(input_ids=input_ids, attention_mask=_needed_mask(attention_mask), **kwargs).last_hidden_state
+    hidden = _hidden(base, input_ids, attention_mask, kwargs)
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the last position predicts nothing
     output: Any = base.get_output_embeddings()
     if isinstance(divisor, Tensor):
@@ -111,27 +114,46 @@ def _loss(
     return supervised_cross_entropy_through(hidden, targets.to(hidden.device), output, vocabulary, **options)
 
 
+def decoder_states(
+    model: nn.Module, *, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the head of a causal language model reads, and what it makes of it, for whoever needs few of the logits.
+
+    Args:
+        model, input_ids, attention_mask, kwargs: as in :func:`causal_lm_loss`.
+
+    Returns:
+        Hidden states (b, t, d), and a function from (..., d) to logits (..., vocabulary) in float32.
+
+    Raises:
+        ModelError: as :func:`causal_lm_loss`.
+    """
+    base, how = base_of(model), require_fast_loss(model)
+    with fast_blocks(base):
+        hidden = _hidden(base, input_ids, attention_mask, kwargs)
+    output: Any = base.get_output_embeddings()
+
+    def head(states: Tensor) -> Tensor:
+        logits = output(states).float() * how.scale
+        return logits if how.softcap is None else torch.tanh(logits / how.softcap) * how.softcap
+
+    return hidden, head
+
+
+def _hidden(base: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """(b, t, d): what the head reads."""
+    if BOUNDS[0] in kwargs:
+        kwargs = flat_inputs(base, kwargs)
+    with example_bounds(BOUNDS[0] in kwargs):
+        decoder, mask = decoder_of(base), _needed_mask(mask)
+        return decoder(input_ids=input_ids, attention_mask=mask, **{"use_cache": False, **kwargs}).last_hidden_state
+
+
 def _needed_mask(mask: Tensor | None) -> Tensor | None:
     """None when padding is only on the right: no real token attends to it, and its rows carry no loss."""
     if mask is None or mask.dim() != 2:
         return mask
     return None if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()) else mask
-
-
-def _base_of(model: nn.Module) -> PreTrainedModel:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel):
-        raise ModelError(
-            f"causal_lm_loss needs a causal language model of transformers, got {type(base).__name__}; "
-            "compute the loss with the model's own forward"
-        )
-    return base
-
-
-def _decoder_of(base: PreTrainedModel) -> nn.Module:
-    """The part that turns tokens into the hidden states (b, t, d) that the head reads."""
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    return base.base_model if decoder is None or decoder is base else decoder
 
 
 def require_fast_loss(model: nn.Module) -> _Head:
@@ -141,12 +163,12 @@ def require_fast_loss(model: nn.Module) -> _Head:
         ModelError: the model is no causal language model, or does something between decoder and logits that is not
             known here.
     """
-    base = _base_of(model)
+    base = base_of(model)
     if base in _proven:
         return _proven[base]
     kind = type(base).__name__
     output = base.get_output_embeddings()
-    if output is None or _decoder_of(base) is base:
+    if output is None or decoder_of(base) is base:
         raise ModelError(f"{kind} has no decoder with an output head on top; use the model's own forward for its loss")
     if getattr(base.config, "output_router_logits", False):
         raise ModelError(f"{kind} adds a load-balancing loss (output_router_logits); use the model's own forward")
@@ -175,7 +197,7 @@ def _prove(base: PreTrainedModel, output: Any, head: _Head) -> None:
 
     training = base.training
     base.eval()
-    hook = _decoder_of(base).register_forward_hook(replace)
+    hook = decoder_of(base).register_forward_hook(replace)
     try:
         theirs = base(input_ids=ids, use_cache=False).logits.float()
         ours = output(chosen["hidden"]).float() * head.scale

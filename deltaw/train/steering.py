@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deltaw.adapters import PeftConfig, adapters_named
+from deltaw.atomic import aside
 from deltaw.model import PeftModel
 
 __all__ = ["STATE_NAME", "SteeringCallback", "prepare_resume", "read_state", "restore", "save_state"]
@@ -61,12 +62,8 @@ def save_state(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     }
     if not tensors:
         return
-    part = Path(folder) / f".{STATE_NAME}.{os.getpid()}.part"
-    try:
+    with aside(Path(folder) / STATE_NAME) as part:
         save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, Path(folder) / STATE_NAME)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_state(folder: str | os.PathLike[str]) -> States:

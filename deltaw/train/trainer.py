@@ -7,8 +7,8 @@ whether or not PEFT is installed: what transformers asks of PEFT's classes is an
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
-import math
 from typing import Any
 
 import torch
@@ -16,24 +16,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from deltaw.adapters import PeftConfig
-from deltaw.data import Collator, as_rows, check_rendered, render_all
+from deltaw.data.templates import use_template
 from deltaw.errors import ConfigError, ModelError
 from deltaw.loading import load_model, load_tokenizer
 from deltaw.model import PeftModel, get_peft_model
 from deltaw.modules import dtype_of
 from deltaw.optim import optimizer_for, state_bytes
+from deltaw.train.batches import Batches, collator_for, training_rows
 from deltaw.train.config import SFTConfig
+from deltaw.train.evaluation import TokenEvaluation
+from deltaw.train.examples import token_sets
 from deltaw.train.fast import compile_layers, fast_blocks
-from deltaw.train.files import RunFiles
 from deltaw.train.loss import causal_lm_loss, require_fast_loss
+from deltaw.train.memory import MemoryGuard
+from deltaw.train.nonfinite import FiniteSteps
+from deltaw.train.resume import Resumable
+from deltaw.train.runlog import RunLog
 from deltaw.train.steering import SteeringCallback
+from deltaw.train.stopping import EarlyStopping, RisingLoss
 
 __all__ = ["SFTTrainer"]
 
 log = logging.getLogger("deltaw")
 
 
-class SFTTrainer(RunFiles):
+class SFTTrainer(Resumable, TokenEvaluation, FiniteSteps, MemoryGuard, Batches):
     """Fine-tunes a causal language model on rows of text.
 
     Args:
@@ -66,10 +73,10 @@ class SFTTrainer(RunFiles):
         if not isinstance(args, SFTConfig):
             raise ConfigError(f"args must be an SFTConfig, not {type(args).__name__}: deltaw.SFTConfig(output_dir=...)")
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-        tokenizer = processing_class or load_tokenizer(name, chat_template=args.chat_template)
+        tokenizer = use_template(processing_class or load_tokenizer(name), args.chat_template)  # so it is saved with it
         # Rows first: they are cheap to check, and a fault here must not cost the time a model takes to load.
-        train_features = self._features(train_dataset, tokenizer, args, "train_dataset")
-        eval_features = self._features(eval_dataset, tokenizer, args, "eval_dataset")
+        train_features, eval_features, args = token_sets(train_dataset, eval_dataset, tokenizer, args)
+        train_features = training_rows(train_features, args)
         whole: Any = model
         if isinstance(model, str):
             whole = load_model(model, **(args.model_init_kwargs or {}))
@@ -87,13 +94,17 @@ class SFTTrainer(RunFiles):
         super().__init__(
             model=whole,
             args=self._own_args(args, whole),
-            data_collator=data_collator or Collator(self._pad_id(tokenizer)),
+            data_collator=data_collator or collator_for(train_features, args, self._pad_id(tokenizer)),
             train_dataset=train_features,
             eval_dataset=eval_features,
             processing_class=tokenizer,
             **kwargs,
         )
-        self.add_callback(SteeringCallback())
+        self._require_flat()
+        for callback in (SteeringCallback(), RisingLoss(), RunLog()):
+            self.add_callback(callback)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
         # What transformers reads off the class of a model, it cannot see through a wrapper that is not PEFT's.
         self.label_names = ["labels"] if args.label_names is None else args.label_names
         self.can_return_loss = False
@@ -102,24 +113,6 @@ class SFTTrainer(RunFiles):
             self._loss_shifts_labels = True
 
     # --- before training ----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _features(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, which: str) -> Any:
-        """Token ids and labels for each row, checked; rows that are tokens already pass through."""
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {key: SFTTrainer._features(part, tokenizer, args, key) for key, part in dataset.items()}
-        rows = as_rows(dataset)
-        if rows and "input_ids" in rows[0]:
-            return rows
-        settings = args.render_settings()
-        rendered = render_all(rows, tokenizer, settings)
-        report = check_rendered(rendered, tokenizer, settings)
-        for note in report.notes:
-            log.info("%s: %s", which, note)
-        report.raise_if_bad()
-        return [example.as_features() for example in rendered]
 
     @staticmethod
     def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -147,6 +140,9 @@ class SFTTrainer(RunFiles):
             args.bf16 = args.fp16 = False
             args.mixed_precision = "no"
         args.torch_compile = False  # layers are compiled one by one when training starts
+        # each process reads a stream itself: a batch that is one row cannot be dealt out by its first dimension
+        accelerator: Any = args.accelerator_config
+        args.accelerator_config = dataclasses.replace(accelerator, dispatch_batches=False)
         return args
 
     # --- training -----------------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ class SFTTrainer(RunFiles):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        whole = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        whole = model if model is self.model else self.accelerator.unwrap_model(model, keep_torch_compile=False)
         # a wrapper (DDP, FSDP) must see forward itself to reduce gradients, so there the model's own loss is taken
         if not self.fast or return_outputs or whole is not model or self.compute_loss_func or self.label_smoother:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -198,27 +194,10 @@ class SFTTrainer(RunFiles):
             loss = loss * self.accelerator.num_processes
         return loss
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        if not (self.fast and prediction_loss_only):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        for key, value in list(metrics.items()):
-            if key.endswith("_loss"):
-                metrics[key.removesuffix("loss") + "perplexity"] = math.exp(min(value, 700.0))
-        return metrics
-
     # --- what transformers asks
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids"]
+        self._signature_columns = ["input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"]
 
 
 def _tell_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -12,7 +12,7 @@ import argparse
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,14 +20,16 @@ from typing import Any
 from .build import TEST_SPLITS, build
 from .questions import KINDS
 from .score import score
-from .tables import TABLES, Table, values
+from .tables import TABLES, Column, Table, values
 
 __all__ = ["Baseline"]
 
 Row = Mapping[str, Any]
+Contents = Callable[[Table, Column], Sequence[Any]]  # the values of a column
 
 _WORD = re.compile(r"-?\d+(?:\.\d+)?(?![\w-])|[\w'-]+(?:\.(?=\w)[\w'-]+)*")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?\Z")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SQL_TOKEN = re.compile(r"'(?:[^']|'')*'|-?\d+(?:\.\d+)?|\w+|[^\w\s]|\s+")
 _BY_NAME = {t.name: t for t in TABLES}
 PAIR_WEIGHT = 0.25
@@ -55,20 +57,20 @@ def _key(words: Sequence[str]) -> tuple[str, ...]:
 
 
 @cache
-def _names(table: Table) -> dict[tuple[str, ...], Mention]:
+def _names(table: Table, contents: Contents = values) -> dict[tuple[str, ...], Mention]:
     """What can be mentioned of a table, by its words; columns win over values, values over the table."""
     names = {_key(_WORD.findall(table.name.replace("_", " "))): Mention("table", table.name)}
     for column in table.of_role("category"):
-        for value in dict.fromkeys(values(table, column)):
+        for value in dict.fromkeys(contents(table, column)):
             names[_key(_WORD.findall(str(value)))] = Mention("value", str(value))
     for column in table.columns:
         names[_key(column.name.split("_"))] = Mention("column", column.name, column.type)
     return names
 
 
-def find_names(question: str, table: Table) -> tuple[list[str], list[Mention]]:
+def find_names(question: str, table: Table, contents: Contents = values) -> tuple[list[str], list[Mention]]:
     """``(masked words, mentions in order)``: the longest name at each place is masked by its sort."""
-    words, names = _WORD.findall(question), _names(table)
+    words, names = _WORD.findall(question), _names(table, contents)
     masked: list[str] = []
     mentions: list[Mention] = []
     at = 0
@@ -80,6 +82,8 @@ def find_names(question: str, table: Table) -> tuple[list[str], list[Mention]]:
                 break
         if mention is None and _NUMBER.match(words[at]):
             mention = Mention("number", words[at])
+        elif mention is None and _DATE.match(words[at]):
+            mention = Mention("value", words[at])
         if mention is None:
             masked.append(words[at].lower())
         else:
@@ -105,15 +109,21 @@ class Baseline:
 
     Args:
         train: rows of the ``train`` split.
+        tables: by the name that rows have for them.
+        contents: the values of their columns.
     """
 
-    def __init__(self, train: Sequence[Row]) -> None:
+    def __init__(
+        self, train: Sequence[Row], tables: Mapping[str, Table] = _BY_NAME, contents: Contents = values
+    ) -> None:
+        self.tables = tables
+        self.contents = contents
         self.examples: list[tuple[Row, list[Mention]]] = []
         found: list[list[str]] = []
         for row in train:
-            if row["table"] not in _BY_NAME:
+            if row["table"] not in tables:
                 continue  # renamed rows teach a model to copy names; here names are swapped in anyway
-            masked, mentions = _read(row)
+            masked, mentions = self._read(row)
             found.append(masked)
             self.examples.append((row, mentions))
         self.shapes = [_shape(mentions) for _, mentions in self.examples]
@@ -133,26 +143,31 @@ class Baseline:
 
     def answer(self, row: Row) -> str:
         """The SQL for a row's question; its gold SQL is not looked at."""
-        masked, mentions = _read(row)
+        found = self.nearest(row)
+        if found is None:
+            return ""
+        (example, there), here = found
+        return _swap(example, self.tables[example["table"]], there, self.tables[row["table"]], here)
+
+    def nearest(self, row: Row) -> tuple[tuple[Row, list[Mention]], list[Mention]] | None:
+        """The training row that is asked most alike with its mentions, and the mentions of ``row``."""
+        masked, mentions = self._read(row)
         near: dict[int, float] = defaultdict(float)
         for term, weight in self._vector(masked).items():
             for n, other in self.postings[term]:
                 near[n] += weight * other
         if not near:
-            return ""
+            return None
         shape = _shape(mentions)
         best = max(near, key=lambda n: (self.shapes[n] == shape, near[n], -n))
-        example, example_mentions = self.examples[best]
-        return _swap(example, example_mentions, _BY_NAME[row["table"]], mentions)
+        return self.examples[best], mentions
+
+    def _read(self, row: Row) -> tuple[list[str], list[Mention]]:
+        return find_names(row["prompt"][-1]["content"], self.tables[row["table"]], self.contents)
 
 
-def _read(row: Row) -> tuple[list[str], list[Mention]]:
-    return find_names(row["prompt"][-1]["content"], _BY_NAME[row["table"]])
-
-
-def _swap(example: Row, there: list[Mention], table: Table, here: list[Mention]) -> str:
+def _swap(example: Row, source: Table, there: list[Mention], table: Table, here: list[Mention]) -> str:
     """The example's SQL with its table, columns, texts and numbers replaced by those of another question."""
-    source = _BY_NAME[example["table"]]
     tokens = _SQL_TOKEN.findall(example["sql"])
     types = {c.name: c.type for c in source.columns}
     place = {m.text: n for n, m in reversed(list(enumerate(there))) if m.what == "column"}
@@ -168,7 +183,7 @@ def _swap(example: Row, there: list[Mention], table: Table, here: list[Mention])
             out.append(table.name)
         elif token in swapped:
             out.append(swapped[token])
-        elif token.startswith("'"):
+        elif token.startswith("'") and not token.startswith("'%"):  # that one is the form of a date
             out.append("'" + texts.pop(0).replace("'", "''") + "'" if texts else token)
         elif _NUMBER.match(token) and numbers:
             out.append(numbers.pop(0))

@@ -38,7 +38,7 @@ from deltaw.merge_quantized import quantized_merge_report
 from deltaw.pipeline import Parity, verify_saved
 from deltaw.train.progress import ProgressCallback
 from text_to_sql.memory import Peak
-from text_to_sql.score import Outcome, score
+from text_to_sql.score import Outcome, execute, score
 
 __all__ = [
     "Learned",
@@ -101,19 +101,30 @@ def telling(tell: Callable[[str], object]) -> Iterator[None]:
 
 
 def measure(
-    model: Any, tokenizer: Any, splits: Mapping[str, Rows], progress: Progress | None = None
+    model: Any,
+    tokenizer: Any,
+    splits: Mapping[str, Rows],
+    progress: Progress | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    run: Callable[[str], Any] = execute,
 ) -> dict[str, tuple[Outcome, ...]]:
-    """Answers every question of every split, greedily, and runs the SQL: the outcomes by split."""
+    """Answers every question of every split, greedily, and runs the SQL: the outcomes by split.
+
+    Args:
+        max_new_tokens: where an answer is cut.
+        run: executes SQL over the tables of the rows.
+    """
     pooled = [row for rows in splits.values() for row in rows]  # all at once: full batches of like length
     answers = generate_batch(
         model,
         tokenizer,
         [row["prompt"] for row in pooled],
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         batch_size=BATCH,
         progress=progress,
     )
-    outcomes = iter(score(answers, pooled).outcomes)
+    outcomes = iter(score(answers, pooled, run).outcomes)
     return {split: tuple(next(outcomes) for _ in rows) for split, rows in splits.items()}
 
 
@@ -226,7 +237,7 @@ def train(
         recipe: fields of ``LoraConfig`` and of ``SFTConfig`` together.
         base: the name that the adapter gives to its base.
         seconds: training ends there, with the adapter as it is then; None makes all steps, however long they take.
-        output: nothing is written there by training itself.
+        output: training itself writes nothing there but ``log.jsonl``.
         stream, quiet: of the progress bar.
         adapter: of any method, in place of the LoRA that the recipe describes.
 

@@ -43,6 +43,8 @@ class Peak:
 
     def _look(self) -> None:
         while True:
-            self.bytes = max(self.bytes, resident())
+            held = resident()
+            if held == held:  # not where the system does not tell
+                self.bytes = max(self.bytes, int(held))
             if self._done.wait(SECONDS):
                 return

@@ -2,12 +2,11 @@
 
     cd examples && python -m text_to_sql.methods [--methods lora dora ...] [--steps 132] [--out FILE]
 
-The recipe is the demo's, with no clock; ``qlora`` is LoRA over a base in 4 bits, with the demo's recipe for that. Each
-method's rank is chosen so that it trains as nearly as many parameters as
-LoRA at rank 16, with the same alpha / r; nothing else is tuned for any of them. A seed draws the training rows, their
-order and the adapter, so that one seed means the same data to every method. Three seeds for five of them, one for the
-rest. Each finished run is written to ``--out`` at once and is not made again: the script goes on where it was
-stopped.
+Rate, steps and batches are the demo's, with no clock; ``qlora`` is the demo's rsLoRA over a base in 4 bits, with its
+recipe for that. Each method's rank is chosen so that it trains as nearly as many parameters as LoRA at rank 16, with
+the same alpha / r; nothing else is tuned for any of them. A seed draws the training rows, their order and the adapter,
+so that one seed means the same data to every method. Three seeds for five of them, one for the rest. Each finished run
+is written to ``--out`` at once and is not made again: the script goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from .demo_steps import load_base, measure, tally, train
 
 __all__ = ["Matched", "configure", "main", "matched", "one_run", "show"]
 
-QLORA = "qlora"  # no method of its own: LoRA, on another base
+QLORA, OF = "qlora", "rslora"  # no method of its own: the recipe's, on another base
 SEEDS = {"lora": 3, QLORA: 3, "rslora": 3, "dora": 3, "pissa": 3}  # of the others, one
-NAMES = ("lora", QLORA, *(name for name in METHODS if name != "lora"))
+NAMES = (*METHODS, QLORA)
 SPLITS = ("wording", "both")
 
 
@@ -55,7 +54,7 @@ class Matched:
 
 def configure(method: str, fields: dict[str, Any], steps: int) -> PeftConfig:
     """The config of ``method`` on the recipe's layers, for a run of ``steps``."""
-    chosen = METHODS["lora" if method == QLORA else method]
+    chosen = METHODS[OF if method == QLORA else method]
     kind: Callable[..., PeftConfig] = getattr(deltaw, chosen.config)
     if method == "adalora":  # a tenth of the steps before pruning, three tenths after it
         fields = {**fields, "total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
@@ -213,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps({key: value for key, value in found[-1].items() if key != "right"}), flush=True)
     shown = [run for run in found if setting.items() <= run.items() and run["method"] in chosen]
     print(show(shown, options.splits))
-    print(paired(shown, "lora", QLORA))
+    print(paired(shown, OF, QLORA))
 
 
 def _write(path: Path, found: list[dict[str, Any]]) -> None:

@@ -10,14 +10,14 @@ import math
 import re
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from .tables import TABLES, connect
+from .tables import connect
 
-__all__ = ["Outcome", "QueryError", "Score", "execute", "extract_sql", "same_rows", "score"]
+__all__ = ["FUNCTIONS", "Database", "Outcome", "QueryError", "Score", "execute", "extract_sql", "same_rows", "score"]
 
 Rows = list[tuple[Any, ...]]
 
@@ -26,8 +26,8 @@ MOST_ROWS = 1_000
 MOST_COLUMNS = 32
 LONGEST_SQL = 2_000
 LONGEST_TEXT = 4_000  # bytes that any one value may reach
-FUNCTIONS = {"avg", "sum", "total", "min", "max", "count", "round", "abs", "lower", "upper", "substr", "like"}
-_TABLE_NAMES = frozenset(t.name for t in TABLES)
+#: what a query may call, and the most that one may need
+FUNCTIONS = frozenset("avg sum total min max count round abs lower upper substr like".split())
 _STEPS_A_CALL = 10_000
 
 
@@ -35,25 +35,51 @@ class QueryError(ValueError):
     """SQL that is not valid, not allowed, or too much work; the message says which."""
 
 
-class _Database:
-    """One read-only connection, used by one caller at a time."""
+class Database:
+    """Tables to be read by SQL that is not trusted, on one read-only connection, by one caller at a time.
 
-    def __init__(self) -> None:
+    Args:
+        connect: opens the database.
+        functions: those that a query may call.
+    """
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection], functions: frozenset[str] = FUNCTIONS) -> None:
         self.lock = threading.Lock()
         self.calls_left = 0
+        self.functions = functions
         self.connection = connect()
+        named = self.connection.execute("select name from sqlite_master where type = 'table'").fetchall()
+        self.tables = frozenset(name for (name,) in named)
         self.connection.execute("pragma query_only = on")
         self.connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, MOST_COLUMNS)
         self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_TEXT)
         self.connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-        self.connection.set_authorizer(_permit)
+        self.connection.set_authorizer(self._permit)
         self.connection.set_progress_handler(self._tick, _STEPS_A_CALL)
 
-    def _tick(self) -> int:
-        self.calls_left -= 1
-        return self.calls_left < 0  # not zero: sqlite interrupts the query
-
     def run(self, sql: str) -> Rows:
+        """The rows of one SELECT.
+
+        Raises:
+            QueryError: it is not valid SQL, more than one statement, anything but a read, or too much work.
+        """
+        if not sql.strip():
+            raise QueryError("running a query: it is empty; write one SELECT")
+        if len(sql) > LONGEST_SQL:
+            raise QueryError(f"running a query of {len(sql)} characters: the limit is {LONGEST_SQL}")
+        try:
+            rows = self._fetch(sql)
+        except sqlite3.OperationalError as error:
+            if str(error) == "interrupted":
+                raise QueryError(f"running {sql!r}: stopped after {MOST_STEPS} steps; make it read less") from error
+            raise QueryError(f"running {sql!r}: {error}") from error
+        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
+            raise QueryError(f"running {sql!r}: {error}") from error
+        if len(rows) > MOST_ROWS:
+            raise QueryError(f"running {sql!r}: it returns more than {MOST_ROWS} rows; make it return less")
+        return rows
+
+    def _fetch(self, sql: str) -> Rows:
         with self.lock:
             self.calls_left = MOST_STEPS // _STEPS_A_CALL
             cursor = self.connection.cursor()
@@ -62,42 +88,29 @@ class _Database:
             finally:
                 cursor.close()
 
+    def _tick(self) -> int:
+        self.calls_left -= 1
+        return self.calls_left < 0  # not zero: sqlite interrupts the query
 
-def _permit(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """sqlite's question for each thing a statement would do; what is not listed here is denied."""
-    if action == sqlite3.SQLITE_SELECT:
-        return sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_READ and first in _TABLE_NAMES:
-        return sqlite3.SQLITE_OK
-    if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in FUNCTIONS:
-        return sqlite3.SQLITE_OK
-    return sqlite3.SQLITE_DENY
+    def _permit(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        """sqlite's question for each thing a statement would do; what is not listed here is denied."""
+        if action == sqlite3.SQLITE_SELECT:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_READ and first in self.tables:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in self.functions:
+            return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY
 
 
-_database = cache(_Database)
+@cache
+def _easy() -> Database:
+    return Database(connect)
 
 
 def execute(sql: str) -> Rows:
-    """The rows of one SELECT over the example's tables.
-
-    Raises:
-        QueryError: it is not valid SQL, more than one statement, anything but a read, or too much work.
-    """
-    if not sql.strip():
-        raise QueryError("running a query: it is empty; write one SELECT")
-    if len(sql) > LONGEST_SQL:
-        raise QueryError(f"running a query of {len(sql)} characters: the limit is {LONGEST_SQL}")
-    try:
-        rows = _database().run(sql)
-    except sqlite3.OperationalError as error:
-        if str(error) == "interrupted":
-            raise QueryError(f"running {sql!r}: stopped after {MOST_STEPS} steps; make it read less") from error
-        raise QueryError(f"running {sql!r}: {error}") from error
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-        raise QueryError(f"running {sql!r}: {error}") from error
-    if len(rows) > MOST_ROWS:
-        raise QueryError(f"running {sql!r}: it returns more than {MOST_ROWS} rows; make it return less")
-    return rows
+    """The rows of one SELECT over the tables of :data:`text_to_sql.tables.TABLES`; see :meth:`Database.run`."""
+    return _easy().run(sql)
 
 
 _FENCE = re.compile(r"```[ \t]*(?:sql(?:ite)?\b)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -179,8 +192,11 @@ def _share(outcomes: Sequence[Outcome]) -> float:
     return sum(o.status == "correct" for o in outcomes) / len(outcomes) if outcomes else 0.0
 
 
-def score(predictions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Score:
+def score(predictions: Sequence[str], rows: Sequence[Mapping[str, Any]], run: Callable[[str], Rows] = execute) -> Score:
     """Scores answers against rows of :func:`text_to_sql.build`, one answer a row, by execution.
+
+    Args:
+        run: executes SQL over the rows' tables.
 
     Raises:
         ValueError: the numbers of predictions and rows differ.
@@ -188,14 +204,14 @@ def score(predictions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Scor
     """
     if len(predictions) != len(rows):
         raise ValueError(f"scoring {len(predictions)} predictions against {len(rows)} rows: give one for each")
-    return Score(tuple(_judge(p, row) for p, row in zip(predictions, rows, strict=True)))
+    return Score(tuple(_judge(p, row, run) for p, row in zip(predictions, rows, strict=True)))
 
 
-def _judge(prediction: str, row: Mapping[str, Any]) -> Outcome:
+def _judge(prediction: str, row: Mapping[str, Any], run: Callable[[str], Rows]) -> Outcome:
     sql, gold, kind = extract_sql(prediction), row["sql"], row["kind"]
-    expected = execute(gold)
+    expected = run(gold)
     try:
-        got = execute(sql)
+        got = run(sql)
     except QueryError as error:
         return Outcome("invalid", kind, sql, gold, error=str(error))
     status = "correct" if same_rows(got, expected, ordered=kind == "top") else "wrong"

@@ -52,7 +52,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         if took[-1] < 0.5:
             break
     assert "heavy: None" in out
-    for verb in ("train", "eval", "generate", "chat", "merge", "methods"):
+    for verb in ("check", "train", "eval", "generate", "chat", "merge", "methods"):
         assert f" {verb} " in out
     assert min(took) < 0.5
 

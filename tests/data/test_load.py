@@ -1,8 +1,10 @@
 import json
+import pickle
 
 import pytest
 
-from deltaw.data import as_rows, load_rows
+from deltaw.data import as_rows, load_rows, where
+from deltaw.data.load import locate
 from deltaw.errors import DataError
 
 ROWS = [{"prompt": f"p{i}", "completion": 'ü, "quoted"\nline'} for i in range(5)]
@@ -144,3 +146,80 @@ def test_a_saved_data_set(tmp_path):
     assert load_rows(str(tmp_path / "d")) == ROWS
     with pytest.raises(DataError, match="not 'test'"):
         load_rows(str(tmp_path / "d"), "test")
+
+
+def test_a_glob_is_all_its_files_by_name(tmp_path):
+    write(tmp_path / "d" / "b.jsonl", ROWS[2:])
+    write(tmp_path / "d" / "a.csv", ROWS[:2])
+    write(tmp_path / "d" / "deep" / "c.jsonl", ROWS[:1])
+    assert load_rows(f"{tmp_path}/d/*.*") == ROWS
+    assert load_rows(f"{tmp_path}/d/[b]*.jsonl", "train") == ROWS[2:]
+    assert load_rows(f"{tmp_path}/d/**/*.jsonl") == ROWS[2:] + ROWS[:1]
+    with pytest.raises(DataError, match=r"a glob and has no split 'test'"):
+        load_rows(f"{tmp_path}/d/*.csv", "test")
+    with pytest.raises(DataError, match=r"no file matches .*data files are \['a\.csv', 'b\.jsonl'\]"):
+        load_rows(f"{tmp_path}/d/*.parquet")
+    (tmp_path / "d" / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no kind that can be read.*notes\.txt"):
+        load_rows(f"{tmp_path}/d/*.*")
+
+
+def test_several_names_are_read_in_turn(tmp_path):
+    names = [write(tmp_path / "b.jsonl", ROWS[:2]), write(tmp_path / "a.parquet", ROWS[2:])]
+    assert load_rows(names) == ROWS
+
+
+def test_a_folder_says_when_it_cannot_choose(tmp_path):
+    write(tmp_path / "a" / "x.jsonl")
+    write(tmp_path / "a" / "y.jsonl")
+    with pytest.raises(DataError, match=r"no file for the split 'train'.*all of them: .*/\*\.jsonl"):
+        load_rows(str(tmp_path / "a"))
+    write(tmp_path / "b" / "train.jsonl")
+    write(tmp_path / "b" / "train.csv")
+    with pytest.raises(DataError, match=r"several kinds of file.*name one"):
+        load_rows(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet"])
+def test_rows_know_where_they_come_from_through_sampling_and_other_processes(tmp_path, name):
+    rows = load_rows(write(tmp_path / name), limit=3)
+    for row in pickle.loads(pickle.dumps(rows)):
+        assert row.file == str(tmp_path / name)
+        assert row.where == where(row, 99) == f"{tmp_path / name}:{row.line}"
+        assert row == ROWS[int(row["prompt"][1:])]
+    assert where({}, 99) == "row 99"
+    assert as_rows(rows)[0].where == rows[0].where
+
+
+def test_classes_are_named_wherever_they_come_from(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]})
+    table = table.cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+    assert [row["label"] for row in as_rows(table)] == ["yes", "no", None]
+    table.save_to_disk(str(tmp_path / "d"))
+    assert [row["label"] for row in load_rows(str(tmp_path / "d"))] == ["yes", "no", None]
+
+
+def test_the_hub_is_asked_for_what_is_no_path(monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS)
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return table.to_iterable_dataset() if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_rows("someone/set", "test")
+    assert rows == ROWS
+    assert rows[1].where == "someone/set:2"
+    assert list(locate("set", streaming=True).parts()[0]) == ROWS
+    assert asked == [("someone/set", "test", False), ("set", "train", True)]
+
+
+def test_a_fingerprint_of_files_is_of_their_content(tmp_path):
+    one = locate(write(tmp_path / "a.jsonl")).fingerprint()
+    assert locate(write(tmp_path / "b" / "a.jsonl")).fingerprint() == one
+    assert locate(write(tmp_path / "a.jsonl", ROWS[1:])).fingerprint() != one

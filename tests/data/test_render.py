@@ -192,7 +192,7 @@ def test_truncation_says_what_was_lost(smol):
     assert cut.cut_supervised == 3
     exact = RenderSettings(max_length=len(whole.input_ids))
     assert render(row, smol, exact) == whole == render(row, smol, RenderSettings(max_length=None))
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="at least 2"):
         RenderSettings(max_length=0)
 
 
@@ -201,7 +201,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
         "{% for m in messages %}<{{ m['role'] }}>{% if loop.last %}<think></think>{% endif %}"
         "{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    with pytest.raises(DataError, match=r"not prefix-stable.*prompt and completion"):
+    with pytest.raises(DataError, match=r"not prefix-stable.*last_turn_only_loss: true"):
         render({"messages": TALK}, tiny)
 
 

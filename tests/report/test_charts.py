@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from deltaw.errors import ConfigError, MissingExtra
-from deltaw.report import Bars, grouped_bars, loss_curve, smooth
+from deltaw.report import Bars, grouped_bars, histogram, loss_curve, smooth
 
 LOSSES = [3.0, 2.0, math.nan, 1.5, math.inf, 1.0]
 STEPS = [1, 2, 3, 4, 5, 6]
@@ -30,7 +30,11 @@ def bars() -> str:
     return grouped_bars(["a & b", "new\nwords"], [before, after], marks=Bars("nearest", [0.5, 0.6]), y_label="right")
 
 
-@pytest.mark.parametrize("draw", [curve, bars])
+def ranges() -> str:
+    return histogram([(1, 10, 3), (11, 20, 0), (21, 25, 7)], x_label="tokens <n>", y_label="examples")
+
+
+@pytest.mark.parametrize("draw", [curve, bars, ranges])
 def test_a_chart_is_self_contained_svg_in_the_colours_of_its_page(draw):
     svg = draw()
     root = ElementTree.fromstring(svg)
@@ -45,7 +49,7 @@ def test_a_chart_is_self_contained_svg_in_the_colours_of_its_page(draw):
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("draw", [curve, bars])
+@pytest.mark.parametrize("draw", [curve, bars, ranges])
 def test_the_same_numbers_give_the_same_file(draw):
     assert draw() == draw()
 
@@ -109,3 +113,9 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"deltaw\[report\]"):
         loss_curve([1], [1.0])
+
+
+def test_a_histogram_names_its_axes_and_refuses_nothing_to_draw():
+    assert {"tokens <n>", "examples"} <= set(texts(ranges()))
+    with pytest.raises(ConfigError, match="histogram of nothing"):
+        histogram([])
