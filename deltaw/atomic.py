@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["aside", "flush", "flush_tree", "publishing", "write_text"]
