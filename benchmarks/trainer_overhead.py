@@ -1,11 +1,12 @@
 """What the trainer adds to a step: SFTTrainer beside a bare loop, in turns within one run.
 
-    python benchmarks/trainer_overhead.py [--rounds 9] [--batch 4] [--length 256] [--logging-steps 10]
+    python benchmarks/trainer_overhead.py [--rounds 21] [--batch 4] [--length 256] [--logging-steps 10]
 
-SmolLM2-135M in bfloat16, rank 16 on all linear layers, every token supervised. After each of the trainer's steps the bare
-one is made with the same model and batch: the gradients are cleared, forward and backward through ``causal_lm_loss``,
-then clipping and AdamW (at rate 0, so that the trainer's weights stay its own). The trainer's step is all the time between
-two bare ones: batch, loss, backward, its checks, clipping, optimizer, schedule, callbacks, and a log line where it is due.
+SmolLM2-135M in bfloat16, rank 16 on all linear layers, every token supervised. After each of the trainer's steps the
+bare one is made with the same model and batch: the gradients are cleared, forward and backward through
+``causal_lm_loss``, then clipping and AdamW (at rate 0, so that the trainer's weights stay its own). The trainer's step
+is all the time between two bare ones: batch, loss, backward, its checks, clipping, optimizer, schedule, callbacks, and
+a log line where it is due.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from common import machine, spread, table
-from transformers import TrainerCallback
 from train_step import batch
+from transformers import TrainerCallback
 
 from deltaw import LoraConfig, SFTConfig, SFTTrainer, causal_lm_loss
 from deltaw.loading import load_model
@@ -74,7 +75,10 @@ def main() -> None:
     data = batch(args)
     labels = data["labels"].clone()
     labels[:, 0] = -100
-    rows = [{"input_ids": i.tolist(), "labels": l.tolist()} for i, l in zip(data["input_ids"], labels, strict=True)]
+    rows = [
+        {"input_ids": ids.tolist(), "labels": learned.tolist()}
+        for ids, learned in zip(data["input_ids"], labels, strict=True)
+    ]
     turns = InTurns(data)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
