@@ -98,9 +98,9 @@ def config(method: str, **more: Any) -> Any:
 
 
 def adapted(method: str, name: str = "default", **more: Any) -> PeftModel:
-    base = net()
+    base, made = net(), config(method, **more)
     torch.manual_seed(1)
-    return stir(deltaw.get_peft_model(base, config(method, **more), name), 0.2, name)
+    return stir(deltaw.get_peft_model(base, made, name), 0.2, name)
 
 
 def put(model: nn.Module, made: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,17 @@ def test_a_limit_that_is_passed_already_is_refused() -> None:
 
 @linux
 def test_a_real_limit_ends_a_run_and_nothing_else(tmp_path: Path) -> None:
+    if "DELTAW_FRESH" not in os.environ:  # what earlier tests have freed would be room beyond the limit
+        test = f"{__file__}::test_a_real_limit_ends_a_run_and_nothing_else"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+            env={**os.environ, "DELTAW_FRESH": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return
     rows = [{"prompt": "say it", "completion": "ab" * 120}] * 64
     trainer = trainer_of(tmp_path, rows=rows, per_device_train_batch_size=64)
     room = 40 * 2**20
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed would be room beyond the limit
     before = anonymous() or 0
     trainer.args.memory_limit = before + room  # type: ignore[attr-defined]
     said = told(trainer)
