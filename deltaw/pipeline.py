@@ -192,7 +192,8 @@ def adapter_config(config: RunConfig, steps: int) -> PeftConfig:
     if config.method == "adalora":
         values["total_step"] = steps
         values |= {name: _share(values[name], steps) for name in ("tinit", "tfinal")}
-    return kind(**values, task_type="CAUSAL_LM")
+    # the name that was given: a built-in one, where the model itself knows only a folder of this machine
+    return kind(**values, task_type="CAUSAL_LM", base_model_name_or_path=config.model_name_or_path)
 
 
 # --- the small steps ----------------------------------------------------------------------------------------

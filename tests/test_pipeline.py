@@ -67,6 +67,7 @@ def test_a_run_leaves_a_proven_adapter(describe, base, tmp_path):
     assert not list(out.glob("*.part"))
     assert load_run_config(out / "run.yaml").model_dump() == config.model_dump()
 
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == config.model_name_or_path
     results = json.loads((out / "all_results.json").read_text())
     assert results["train_loss"] > 0
     assert results["eval_loss"] > 0

@@ -79,11 +79,13 @@ def merge(
         result["rounding"] = None if found.rounding is None else dataclasses.asdict(found.rounding)
     emit(result, as_json, lambda console: _show(console, output, found))
     if found.drift.same_argmax < _SAME_ENOUGH:
-        better = "--dtype float32" if found.into in (None, found.better) else f"--into {found.better}"
+        best = found.into is None or found.into == found.better  # of the ways that there are
+        better = "--dtype float32" if best else f"--into {found.better}"
         say().print(
             f"warning: {1 - found.drift.same_argmax:.0%} of the likeliest tokens differ: merge with {better}, "
             "or keep the adapter apart",
             style="yellow",
+            soft_wrap=True,
         )
 
 

@@ -85,3 +85,18 @@ def test_a_plain_run_has_one_way(capsys, folder, tmp_path):
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
     assert "drifts" not in json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("four", "into", "cure"),
+    [("true", "4bit", "--into dequantized"), ("true", "dequantized", "--dtype float32"), ("false", None, "--dtype")],
+)
+def test_a_merge_that_drifts_far_says_what_to_do(capsys, folder, tmp_path, monkeypatch, four, into, cure):
+    monkeypatch.setattr("deltaw.cli.merge._SAME_ENOUGH", 1.1)
+    words = ["train", folder / "run.yaml", "--load_in_4bit", four, "--output_dir", tmp_path / "adapter", "--quiet"]
+    assert run(capsys, *words)[0] == 0
+    asked = [] if into is None else ["--into", into]
+    code, _, err = run(capsys, "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged", *asked)
+    assert code == 0
+    assert cure in err
+    assert "keep the adapter apart" in err
