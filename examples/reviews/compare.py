@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 import transformers
 
 from deltaw import load_model, load_tokenizer
+from deltaw.atomic import write_text
 from deltaw.errors import DeltawError
 from deltaw.evaluate import Score
 
@@ -160,20 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             right = [int(a == one.label) for a, one in zip(answers, reviews.test, strict=True)]
             facts = {"right": sum(right), "total": len(right), "trained": trained, "marks": right}
             found.append({**this, **facts, "seconds": time.perf_counter() - began})
-            _write(options.out, found)
+            write_text(options.out, json.dumps(found) + "\n")  # at once: a training takes minutes
     except DeltawError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(show([run for run in found if key.items() <= run.items() and run["way"] in options.ways]))
     return 0
-
-
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    """The whole file or none of it: a training takes minutes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(found) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from .draw import Draw, training_rows
 from .questions import KINDS, Query, ask, sample, sound
 from .rename import renamed
 from .score import execute
@@ -39,8 +39,6 @@ TRAIN_MIX = (*KINDS, "compare", "top")
 #: share of the training rows whose table bears other names; their SQL is not for this database
 RENAMED = 0.5
 BANNED = 300  # gold queries a set that never occur in train, so that train is the same for any smaller ``test``
-TRIES = 60
-MOST_STALE = 2000  # training questions in a row that were all asked before
 DROP_COLUMN = 0.25  # chance that a training prompt leaves out a column that the question does not need
 
 
@@ -77,7 +75,7 @@ def build(seed: int = 0, train: int = 2000, test: int = 300) -> dict[str, list[R
 @cache
 def _gold(tables: tuple[Table, ...]) -> tuple[Query, ...]:
     """The gold queries of the two test splits over these tables: no two alike."""
-    draw = _Draw(random.Random(f"test {' '.join(t.name for t in tables)}"), tables)
+    draw = _draw(random.Random(f"test {' '.join(t.name for t in tables)}"), tables)
     queries = [draw.query(KINDS[n % len(KINDS)]) for n in range(BANNED)]
     return tuple(queries)
 
@@ -92,23 +90,13 @@ def _test(split: str) -> list[Row]:
 def _train(seed: int, size: int) -> list[Row]:
     rng = random.Random(f"train {seed}")
     banned = {q.sql for tables in (TRAIN_TABLES, HELD_OUT_TABLES) for q in _gold(tables)}
-    draw = _Draw(rng, TRAIN_TABLES, banned)
-    rows: list[Row] = []
-    asked: set[tuple[str, str]] = set()
-    stale = 0
-    kinds = cycle(TRAIN_MIX)
-    while len(rows) < size:
-        query = draw.query(next(kinds), again=True)
-        row = _row(renamed(query, rng) if rng.random() < RENAMED else query, TRAIN, rng, vary=True)
-        key = (row["sql"], row["prompt"][-1]["content"])
-        if key not in asked:
-            asked.add(key)
-            rows.append(row)
-            stale = 0
-        elif (stale := stale + 1) > MOST_STALE:
-            raise ValueError(f"building train={size}: only {len(rows)} questions found; ask for fewer")
-    rng.shuffle(rows)
-    return rows
+    draw = _draw(rng, TRAIN_TABLES, banned)
+
+    def row(kind: str) -> Row:
+        query = draw.query(kind, again=True)
+        return _row(renamed(query, rng) if rng.random() < RENAMED else query, TRAIN, rng, vary=True)
+
+    return training_rows(size, TRAIN_MIX, row, rng)
 
 
 def _row(query: Query, wordings: Wordings, rng: random.Random, vary: bool = False) -> Row:
@@ -127,52 +115,12 @@ def _row(query: Query, wordings: Wordings, rng: random.Random, vary: bool = Fals
     }
 
 
-class _Draw:
-    """Draws sound queries, none twice, from the table least used for the kind."""
+def _draw(rng: random.Random, tables: Sequence[Table], banned: Collection[str] = ()) -> Draw[Table, Query]:
+    return Draw(rng, tables, sample, lambda query: sound(query, execute(query.sql)), _other_kinds, banned, again=8)
 
-    def __init__(self, rng: random.Random, tables: Sequence[Table], banned: set[str] | None = None) -> None:
-        self.rng = rng
-        self.tables = tables
-        self.banned = banned or set()
-        self.used: Counter[tuple[str, str]] = Counter()
-        self.taken: set[str] = set()
-        self.spent: set[tuple[str, str]] = set()  # (kind, table) that gave nothing new in TRIES draws
-        self.fit: dict[str, bool] = {}
 
-    def query(self, kind: str, again: bool = False) -> Query:
-        """A query of the kind, of another kind where that is spent; with ``again`` it may repeat one.
-
-        Raises:
-            ValueError: no table gives another query of any kind.
-        """
-        others = [k for k in KINDS if k != kind]
-        for wanted in (kind, *self.rng.sample(others, len(others))):
-            for table in sorted(self.tables, key=lambda t: (self.used[wanted, t.name], self.rng.random())):
-                found = self._from(wanted, table, again)
-                if found is not None:
-                    self.used[wanted, table.name] += 1
-                    self.taken.add(found.sql)
-                    return found
-        raise ValueError(f"drawing query {len(self.taken) + 1}: the tables give no more; ask for fewer")
-
-    def _from(self, kind: str, table: Table, again: bool) -> Query | None:
-        place, repeat = (kind, table.name), None
-        if place in self.spent and not again:
-            return None
-        for _ in range(TRIES if place not in self.spent else 8):
-            query = sample(kind, table, self.rng)
-            if query is None or query.sql in self.banned or not self._sound(query):
-                continue
-            if query.sql not in self.taken:
-                return query
-            repeat = query
-        self.spent.add(place)
-        return repeat if again else None
-
-    def _sound(self, query: Query) -> bool:
-        if query.sql not in self.fit:
-            self.fit[query.sql] = sound(query, execute(query.sql))
-        return self.fit[query.sql]
+def _other_kinds(kind: str) -> list[str]:
+    return [other for other in KINDS if other != kind]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,8 +4,8 @@
     python examples/text_to_sql/demo.py --load-in-4bit      # QLoRA: the base in 4 bits, beside an earlier 16-bit run
 
 This file holds the settings and the command line, and shows the task. Then ``demo_story`` tells the story from
-the first answer to the merged model, in the steps of ``demo_steps``; ``demo_show`` prints it and ``demo_page``
-writes the report.
+the first answer to the merged model, in the steps of ``demo_steps`` and ``demo_training``; ``demo_show`` prints it
+and ``demo_page`` writes the report.
 """
 
 from __future__ import annotations

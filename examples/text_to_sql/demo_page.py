@@ -9,7 +9,8 @@ from deltaw.evaluate import Score
 from deltaw.report import Bars, Page, grouped_bars, loss_curve
 from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_show import SPLIT_NAMES, Example, clock, megabytes
-from text_to_sql.demo_steps import Learned, Merged
+from text_to_sql.demo_steps import Merged
+from text_to_sql.demo_training import Learned
 
 __all__ = ["report"]
 

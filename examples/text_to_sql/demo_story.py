@@ -1,6 +1,6 @@
 """The demo's story, one method a chapter: the model before, its training, the model after, the merged model.
 
-Knows the order of things and what is worth telling; the steps themselves are in ``demo_steps``.
+Knows the order of things and what is worth telling; the steps themselves are in ``demo_steps`` and ``demo_training``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from deltaw.pipeline import Parity
 from deltaw.provenance import versions
 from deltaw.report import save_page
 from text_to_sql import demo_steps as steps
+from text_to_sql import demo_training
 from text_to_sql.baseline import Baseline
 from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_page import report
@@ -59,7 +60,7 @@ class Story:
     before: dict[str, Score]
     after: dict[str, Score]
     outcomes: dict[str, tuple[Outcome, ...]]  # after training
-    learned: steps.Learned
+    learned: demo_training.Learned
     parity: Parity
     sizes: dict[str, int]
     examples: list[Example]
@@ -125,7 +126,7 @@ class Story:
             f"learning rate {recipe['learning_rate']:g}"
         )
         with self._timed("training"):
-            self.learned = learned = steps.train(
+            self.learned = learned = demo_training.train(
                 self.base,
                 self.tokenizer,
                 self.train,

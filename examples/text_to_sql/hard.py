@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -19,11 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaw.atomic import write_text
 from deltaw.errors import DeltawError
 
 from .build import TEST_SPLITS, build
 from .demo import RECIPE, Settings
-from .demo_steps import load_base, measure, train
+from .demo_steps import load_base, measure
+from .demo_training import train
 from .hard_baseline import HardBaseline
 from .hard_build import GOLD, build_hard, hard_database
 from .hard_questions import HARD_KINDS
@@ -138,20 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if any(key.items() <= run.items() for run in found):
                     continue
                 found.append(key | one_arm(arm, key["seed"], options.steps, settings))
-                _write(options.out, found)
+                write_text(options.out, json.dumps(found, indent=1) + "\n")  # at once: a training takes minutes
     except DeltawError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(show([run for run in found if setting.items() <= run.items() and run["arm"] in options.arms]))
     return 0
-
-
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    """The whole file or none of it: a training takes minutes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
@@ -22,21 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from .build import DROP_COLUMN, INSTRUCTION, RENAMED, TEST_SPLITS
+from .draw import Draw, training_rows
 from .hard_ask import ask_hard
 from .hard_questions import FORMS, HARD_KINDS, HardQuery, fit, sample_hard
 from .hard_wordings import HARD_HELD_OUT, HARD_TRAIN, HardWordings
 from .pairs import HELD_OUT_PAIRS, TRAIN_PAIRS, Pair, all_columns, connect_pairs
 from .questions import Condition
-from .rename import _TEXTS, _THINGS, _name, _pick
+from .rename import TEXTS, THINGS, new_name, pick
 from .score import FUNCTIONS, Database, QueryError, Rows
-from .tables import Column, Table, schema
+from .tables import Column, Table, plural_of, schema, words_of
 
 __all__ = ["build_hard", "hard_database", "hard_prompt"]
 
 Row = dict[str, Any]
 GOLD = 300  # queries a test set
-TRIES = 60
-MOST_STALE = 4000  # training questions in a row that were all asked before
 
 
 @cache
@@ -91,7 +90,7 @@ def _forms() -> list[str]:
 @cache
 def _gold(pairs: tuple[Pair, ...]) -> tuple[HardQuery, ...]:
     """The gold queries of the two test splits over these pairs: no two alike."""
-    draw = _Draw(random.Random(f"hard {' '.join(pair.name for pair in pairs)}"), pairs)
+    draw = _draw(random.Random(f"hard {' '.join(pair.name for pair in pairs)}"), pairs)
     return tuple(draw.query(form) for form in _forms())
 
 
@@ -105,24 +104,13 @@ def _test(split: str) -> list[Row]:
 def _train(seed: int, size: int) -> list[Row]:
     rng = random.Random(f"hard train {seed}")
     banned = {query.sql for pairs in (TRAIN_PAIRS, HELD_OUT_PAIRS) for query in _gold(pairs)} if size else set()
-    draw = _Draw(rng, TRAIN_PAIRS, banned)
-    rows: list[Row] = []
-    asked: set[tuple[str, str]] = set()
-    stale = 0
-    for form in cycle(_forms()):
-        if len(rows) >= size:
-            break
+    draw = _draw(rng, TRAIN_PAIRS, banned)
+
+    def row(form: str) -> Row:
         query = draw.query(form, again=True)
-        row = _row(renamed_pair(query, rng) if rng.random() < RENAMED else query, HARD_TRAIN, rng, vary=True)
-        key = (row["sql"], row["prompt"][-1]["content"])
-        if key not in asked:
-            asked.add(key)
-            rows.append(row)
-            stale = 0
-        elif (stale := stale + 1) > MOST_STALE:
-            raise ValueError(f"building train={size}: only {len(rows)} questions found; ask for fewer")
-    rng.shuffle(rows)
-    return rows
+        return _row(renamed_pair(query, rng) if rng.random() < RENAMED else query, HARD_TRAIN, rng, vary=True)
+
+    return training_rows(size, _forms(), row, rng)
 
 
 def _row(query: HardQuery, words: HardWordings, rng: random.Random, vary: bool = False) -> Row:
@@ -144,54 +132,18 @@ def _row(query: HardQuery, words: HardWordings, rng: random.Random, vary: bool =
     }
 
 
-class _Draw:
-    """Draws fit queries, none twice, from the pair least used for the form."""
+def _draw(rng: random.Random, pairs: Sequence[Pair], banned: Collection[str] = ()) -> Draw[Pair, HardQuery]:
+    return Draw(rng, pairs, sample_hard, _is_fit, _other_forms, banned, again=6)
 
-    def __init__(self, rng: random.Random, pairs: Sequence[Pair], banned: set[str] | None = None) -> None:
-        self.rng = rng
-        self.pairs = pairs
-        self.banned = banned or set()
-        self.used: Counter[tuple[str, str]] = Counter()
-        self.taken: set[str] = set()
-        self.spent: set[tuple[str, str]] = set()  # (form, pair) that gave nothing new in TRIES draws
-        self.fit: dict[str, bool] = {}
 
-    def query(self, form: str, again: bool = False) -> HardQuery:
-        """A query of the form, of another form of its kind where that is spent; with ``again`` it may repeat one.
+def _other_forms(form: str) -> list[str]:
+    """The other forms of its kind."""
+    return [other for other in FORMS[form.partition("_")[0]] if other != form]
 
-        Raises:
-            ValueError: no pair gives another query of the kind.
-        """
-        kind = form.partition("_")[0]
-        others = [other for other in FORMS[kind] if other != form]
-        for wanted in (form, *self.rng.sample(others, len(others))):
-            for pair in sorted(self.pairs, key=lambda p: (self.used[wanted, p.name], self.rng.random())):
-                found = self._from(wanted, pair, again)
-                if found is not None:
-                    self.used[wanted, pair.name] += 1
-                    self.taken.add(found.sql)
-                    return found
-        raise ValueError(f"drawing query {len(self.taken) + 1} of {kind}: the pairs give no more; ask for fewer")
 
-    def _from(self, form: str, pair: Pair, again: bool) -> HardQuery | None:
-        place, repeat = (form, pair.name), None
-        if place in self.spent and not again:
-            return None
-        for _ in range(6 if place in self.spent else TRIES):
-            query = sample_hard(form, pair, self.rng)
-            if query is None or query.sql in self.banned or not self._fit(query):
-                continue
-            if query.sql not in self.taken:
-                return query
-            repeat = query
-        self.spent.add(place)
-        return repeat if again else None
-
-    def _fit(self, query: HardQuery) -> bool:
-        if query.sql not in self.fit:
-            rows = _rows_of(query.sql)
-            self.fit[query.sql] = rows is not None and fit(query, rows, _rows_of(query.rival) if query.rival else None)
-        return self.fit[query.sql]
+def _is_fit(query: HardQuery) -> bool:
+    rows = _rows_of(query.sql)
+    return rows is not None and fit(query, rows, _rows_of(query.rival) if query.rival else None)
 
 
 def _rows_of(sql: str) -> Rows | None:
@@ -229,11 +181,11 @@ def renamed_pair(query: HardQuery, rng: random.Random) -> HardQuery:
     columns: dict[Column, Column] = {}
     tables: list[Table] = []
     for table in query.pair.tables:
-        thing = fresh(lambda: _pick(_THINGS, rng))
+        thing = fresh(lambda: pick(THINGS, rng))
         for column in table.columns:
-            name = fresh(lambda column=column: _pick(_DATES, rng) if column.role == "date" else _name(column, rng))
-            words = name.replace("_", " ")
-            columns[column] = replace(column, name=name, plural=_plural(words), says=(words,))
+            name = fresh(lambda column=column: pick(_DATES, rng) if column.role == "date" else new_name(column, rng))
+            words = words_of(name)
+            columns[column] = replace(column, name=name, plural=plural_of(words), says=(words,))
         own = tuple(columns[column] for column in table.columns)
         tables.append(replace(table, name=thing, rows=thing, columns=own))
     pair = replace(
@@ -247,7 +199,7 @@ def renamed_pair(query: HardQuery, rng: random.Random) -> HardQuery:
     texts: dict[str, str] = {}
     for one in query.where:
         if one.op == "=" and one.sql.startswith("'"):
-            texts[one.sql] = f"'{_pick(_TEXTS, rng)}'"
+            texts[one.sql] = f"'{pick(TEXTS, rng)}'"
     names = {old.name: new.name for old, new in columns.items()}
     names |= {old.name: new.name for old, new in zip(query.pair.tables, tables, strict=True)}
 
@@ -268,10 +220,6 @@ def renamed_pair(query: HardQuery, rng: random.Random) -> HardQuery:
     sql = re.sub(r"'[^']*'|[a-z_]\w*", swap, query.sql)
     table = tables[query.table is query.pair.parent]
     return replace(query, pair=pair, table=table, sql=sql, rival="", slots=slots, where=where)
-
-
-def _plural(words: str) -> str:
-    return words if words.endswith("s") else words[:-1] + "ies" if words.endswith("y") else words + "s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from .hard_wordings import MONTH_NAMES
 from .pairs import Pair, cells, nullable
-from .questions import AGGREGATES, LONGEST_VALUE, MOST_GROUPS, MOST_LISTED, Condition, _short
+from .questions import AGGREGATES, MOST_GROUPS, MOST_LISTED, Condition, equals, short_number
 from .tables import Column, Table
 
 __all__ = ["FORMS", "HARD_KINDS", "HardQuery", "fit", "sample_hard"]
@@ -319,7 +319,7 @@ def _bound(ranked: Sequence[float], rng: random.Random) -> tuple[str, str] | Non
         return None
     place, op = rng.choice(places), rng.choice((">", ">", ">", "<", "<"))
     low, high = float(ranked[place - 1]), float(ranked[place])
-    text = _short(low + (high - low) * 1e-3, high - (high - low) * 1e-3)  # no group lies on the bound
+    text = short_number(low + (high - low) * 1e-3, high - (high - low) * 1e-3)  # no group lies on the bound
     if high - low == 1 and low == int(low):  # whole numbers have nothing between them: the bound is one of them
         text = str(int(low)) if op == ">" else str(int(high))
     return op, text
@@ -359,12 +359,7 @@ def _plain(pair: Pair, table: Table, rng: random.Random, besides: Column | None 
     numbers = [c for c in table.of_role("number") if c is not besides]
     if equal and (not numbers or rng.random() < 0.6):
         column = rng.choice(equal)
-        value = rng.choice(_known(pair, column))
-        if isinstance(value, str):
-            if len(value) > LONGEST_VALUE or "'" in value:
-                return None
-            return Condition(column, "=", f"'{value}'", value)
-        return Condition(column, "=", str(value), str(value))
+        return equals(column, rng.choice(_known(pair, column)))
     if not numbers:
         return None
     column = rng.choice(numbers)
@@ -374,5 +369,5 @@ def _plain(pair: Pair, table: Table, rng: random.Random, besides: Column | None 
         return None
     place = rng.randint(1, max(1, len(ranked) - 1 - len(ranked) // 10))
     low, high = sorted((ranked[place - 1], ranked[place]))
-    text = _short(low, high)
+    text = short_number(low, high)
     return Condition(column, op, text, text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deltaw.train.progress import resident
+from deltaw.footprint import resident
 
 __all__ = ["Peak"]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -24,12 +23,14 @@ from typing import Any
 
 import deltaw
 from deltaw import PeftConfig
+from deltaw.atomic import write_text
 from deltaw.methods import METHODS
 from deltaw.skeleton import count_trainable, skeleton
 
 from .build import TEST_SPLITS, build
 from .demo import ALL_QUESTIONS, QLORA_RECIPE, RECIPE, Settings
-from .demo_steps import load_base, measure, tally, train
+from .demo_steps import load_base, measure, tally
+from .demo_training import train
 
 __all__ = ["Matched", "configure", "main", "matched", "one_run", "show"]
 
@@ -208,19 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = key | one_run(method, seed, chosen[method], options.steps, left, settings)
             run["scores"], run["right"] = scores | run["scores"], right | run["right"]
             found = [other for other in found if other not in same] + [run]
-            _write(options.out, found)
+            write_text(options.out, json.dumps(found, indent=2) + "\n")  # at once: a training takes minutes
             print(json.dumps({key: value for key, value in found[-1].items() if key != "right"}), flush=True)
     shown = [run for run in found if setting.items() <= run.items() and run["method"] in chosen]
     print(show(shown, options.splits))
     print(paired(shown, OF, QLORA))
-
-
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    """The whole file or none of it: a run takes minutes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

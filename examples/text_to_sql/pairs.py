@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from . import facts
-from .tables import Column, Role, Table, Value, _day, _folder, _plural, _records, _words, schema
+from .tables import Column, Role, Table, Value, data_folder, day_of, plural_of, records_of, schema, words_of
 
 __all__ = ["HELD_OUT_PAIRS", "PAIRS", "TRAIN_PAIRS", "Pair", "all_columns", "cells", "connect_pairs", "nullable"]
 
@@ -107,8 +107,8 @@ def _rows(pair: Pair) -> tuple[tuple[tuple[Value, ...], ...], tuple[tuple[Value,
 
 
 def _column(name: str, role: Role, kind: str = "text", plural: str = "", says: str = "", adds: bool = False) -> Column:
-    words = says or _words(name)
-    return Column(name, kind, role, itemgetter(name), plural or _plural(words), (words,), adds)  # type: ignore[arg-type]
+    words = says or words_of(name)
+    return Column(name, kind, role, itemgetter(name), plural or plural_of(words), (words,), adds)  # type: ignore[arg-type]
 
 
 def _label(name: str, plural: str = "", says: str = "") -> Column:
@@ -120,7 +120,7 @@ def _category(name: str, plural: str = "", says: str = "") -> Column:
 
 
 def _date(name: str, says: str = "") -> Column:
-    return _column(name, "date", plural=f"{says or _words(name)}s", says=says)
+    return _column(name, "date", plural=f"{says or words_of(name)}s", says=says)
 
 
 def _level(name: str, says: str = "") -> Column:
@@ -143,7 +143,7 @@ def _pair(child: Table, parent: Table, foreign: str, key: str, noun: str, read: 
 
 
 def _file(name: str) -> list[Record]:
-    return _records(_folder(), name)
+    return records_of(data_folder(), name)
 
 
 def _changes(records: Sequence[Record], value: str, series: str = "", name: str = "change") -> list[Record]:
@@ -190,7 +190,7 @@ def _airports() -> tuple[list[Record], list[Record]]:
 
 def _quotes() -> tuple[list[Record], list[Record]]:
     records = [
-        {"symbol": r["symbol"], "day": _day(r["date"]).isoformat(), "price": float(r["price"])}
+        {"symbol": r["symbol"], "day": day_of(r["date"]).isoformat(), "price": float(r["price"])}
         for r in _file("stocks.csv")
     ]
     return _changes(records, "price", "symbol"), facts.COMPANIES
@@ -199,8 +199,8 @@ def _quotes() -> tuple[list[Record], list[Record]]:
 def _weather() -> tuple[list[Record], list[Record]]:
     days = [
         {
-            "date": _day(r["date"]).isoformat(),
-            "month": _day(r["date"]).month,
+            "date": day_of(r["date"]).isoformat(),
+            "month": day_of(r["date"]).month,
             "sky": r["weather"],
             **{key: float(r[key]) for key in ("precipitation", "temp_max", "temp_min", "wind")},
         }

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor
 
-from .tables import Column, Table, values
+from .tables import Column, Table, Value, values
 from .wordings import Wordings
 
-__all__ = ["KINDS", "Query", "ask", "sample", "sound"]
+__all__ = ["KINDS", "Query", "ask", "equals", "sample", "short_number", "sound"]
 
 AGGREGATES = ("avg", "sum", "min", "max")
 MOST_LISTED = 15  # rows: a longer answer is no answer to "list the names of ..."
@@ -165,18 +165,20 @@ def _measure(table: Table, rng: random.Random) -> tuple[Column, str]:
     return number, rng.choice([a for a in AGGREGATES if a != "sum" or number.adds])
 
 
+def equals(column: Column, value: Value) -> Condition | None:
+    """``column = value``; None where the value is too long to be said, or would have to be quoted."""
+    if isinstance(value, str):
+        return None if len(value) > LONGEST_VALUE or "'" in value else Condition(column, "=", f"'{value}'", value)
+    return Condition(column, "=", str(value), str(value))
+
+
 def _condition(table: Table, rng: random.Random, besides: Column | None = None) -> Condition | None:
     """A condition that keeps part of the table, on another column than ``besides``."""
     equal = table.of_role("category", "level")
     numbers = [c for c in table.of_role("number") if c is not besides]
     if equal and (not numbers or rng.random() < 0.6):
         column = rng.choice(equal)
-        value = rng.choice(values(table, column))
-        if isinstance(value, str):
-            if len(value) > LONGEST_VALUE or "'" in value:
-                return None
-            return Condition(column, "=", f"'{value}'", value)
-        return Condition(column, "=", str(value), str(value))
+        return equals(column, rng.choice(values(table, column)))
     if not numbers:
         return None
     size = len(values(table, numbers[0]))
@@ -189,11 +191,11 @@ def _threshold(table: Table, column: Column, rng: random.Random, least: int, mos
     ranked = sorted(values(table, column), key=float, reverse=op.startswith(">"))  # type: ignore[arg-type]
     place = rng.randint(least, max(least, most))
     low, high = sorted((float(ranked[place - 1]), float(ranked[place])))  # type: ignore[arg-type]
-    text = _short(low, high)
+    text = short_number(low, high)
     return Condition(column, op, text, text)
 
 
-def _short(low: float, high: float) -> str:
+def short_number(low: float, high: float) -> str:
     """The decimal number in ``[low, high]`` with the fewest digits after rounding."""
     for digits in range(-5, 9):
         number = round(floor(high * 10.0**digits) / 10.0**digits, max(digits, 0))

@@ -14,11 +14,11 @@ from dataclasses import replace
 from functools import cache
 
 from .questions import Condition, Query
-from .tables import HELD_OUT_TABLES, Column, Table, values
+from .tables import HELD_OUT_TABLES, Column, Table, plural_of, values, words_of
 
-__all__ = ["renamed"]
+__all__ = ["TEXTS", "THINGS", "new_name", "pick", "renamed"]
 
-_THINGS = """
+THINGS = """
 orders patients books films songs players teams matches flights trains ships trucks hotels rooms guests
 students teachers courses lessons exams schools clubs members tickets events museums paintings statues coins
 stamps recipes meals wines cheeses loaves gardens trees shrubs birds fishes insects horses dogs lakes rivers
@@ -59,7 +59,7 @@ name title code label serial ticket reference handle nickname headline surname a
 docket folio shelf slot callsign hostname filename isbn passport licence
 """.split()
 
-_TEXTS = """
+TEXTS = """
 Amber Basil Cedar Delta Ember Falcon Granite Harbor Indigo Juniper Kestrel Lagoon Maple Nimbus Onyx Pewter
 Quill Raven Sable Topaz Umber Velvet Willow Xenon Yarrow Zephyr Lisbon Oslo Nairobi Quito Hanoi Tunis Riga
 Perth Lima Accra morning evening monthly wooden plastic ceramic striped hybrid manual remote expired pending
@@ -85,30 +85,31 @@ def _allowed(pool: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word for word in pool if word.lower() not in _reserved())
 
 
-def _pick(pool: Sequence[str], rng: random.Random) -> str:
+def pick(pool: Sequence[str], rng: random.Random) -> str:
+    """A word of ``pool`` that no held-out table knows."""
     return rng.choice(_allowed(tuple(pool)))
 
 
-def _name(column: Column, rng: random.Random) -> str:
+def new_name(column: Column, rng: random.Random) -> str:
+    """Another name for a column of this role."""
     if column.role in ("label", "date"):
-        return _pick(_LABELS, rng)
-    word = _pick(_GROUPS if column.role in ("category", "level") else _MEASURES, rng)
-    return f"{_pick(_QUALITIES, rng)}_{word}" if rng.random() < 0.35 else word
+        return pick(_LABELS, rng)
+    word = pick(_GROUPS if column.role in ("category", "level") else _MEASURES, rng)
+    return f"{pick(_QUALITIES, rng)}_{word}" if rng.random() < 0.35 else word
 
 
 def renamed(query: Query, rng: random.Random) -> Query:
     """``query`` over a table that differs in nothing but its names and the text it quotes."""
-    thing = _pick(_THINGS, rng)
+    thing = pick(THINGS, rng)
     taken: set[str] = {thing}
     columns: dict[str, Column] = {}
     for column in query.table.columns:
-        name = _name(column, rng)
+        name = new_name(column, rng)
         while name in taken:
-            name = _name(column, rng)
+            name = new_name(column, rng)
         taken.add(name)
-        words = name.replace("_", " ")
-        plural = words if words.endswith("s") else words[:-1] + "ies" if words.endswith("y") else words + "s"
-        columns[column.name] = replace(column, name=name, plural=plural, says=(words,))
+        words = words_of(name)
+        columns[column.name] = replace(column, name=name, plural=plural_of(words), says=(words,))
     table: Table = replace(query.table, name=thing, rows=thing, columns=tuple(columns.values()))
 
     def of(column: Column | None) -> Column | None:
@@ -118,7 +119,7 @@ def renamed(query: Query, rng: random.Random) -> Query:
     if where is not None:
         column, op, value = columns[where.column.name], where.op, where.says
         if where.sql.startswith("'"):
-            value = _pick(_TEXTS, rng)
+            value = pick(TEXTS, rng)
         elif op != "=":  # no row has to pass it, so the rarer comparisons can come more often here
             op = rng.choice((">", "<", ">=", ">=", "<=", "<="))
         where = Condition(column, op, f"'{value}'" if where.sql.startswith("'") else value, value)

@@ -17,10 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaw.atomic import write_text
+
 from .baseline import Baseline
 from .build import TEST_SPLITS, build
 from .demo import ALL_QUESTIONS, RECIPE, Settings
-from .demo_steps import load_base, measure, tally, train
+from .demo_steps import load_base, measure, tally
+from .demo_training import train
 from .score import score
 
 __all__ = ["main"]
@@ -82,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(one["seed"] == seed for one in found):
             continue
         found.append(one_seed(seed, options.splits, Settings()))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_text(options.out, json.dumps(found, indent=2) + "\n")
         print(json.dumps(found[-1]), flush=True)
     print(show(found, options.splits))
 

@@ -86,11 +86,13 @@ def schema(table: Table, columns: Iterable[Column] | None = None) -> str:
     return f"{table.name}({', '.join(f'{c.name} {c.type}' for c in named)})"
 
 
-def _words(name: str) -> str:
+def words_of(name: str) -> str:
+    """A name as it is said."""
     return name.replace("_", " ")
 
 
-def _plural(words: str) -> str:
+def plural_of(words: str) -> str:
+    """The plural of words as they are said."""
     if words.endswith("s"):
         return words
     return words[:-1] + "ies" if words.endswith("y") else words + "s"
@@ -98,8 +100,10 @@ def _plural(words: str) -> str:
 
 def _text(role: Role, name: str, source: str | None = None, plural: str | None = None, *says: str) -> Column:
     key = source or name
-    words = _words(name)
-    return Column(name, "text", role, lambda r: str(r[key]).strip() or None, plural or _plural(words), says or (words,))
+    words = words_of(name)
+    return Column(
+        name, "text", role, lambda r: str(r[key]).strip() or None, plural or plural_of(words), says or (words,)
+    )
 
 
 def _label(name: str, source: str | None = None, plural: str | None = None) -> Column:
@@ -111,17 +115,18 @@ def _category(name: str, source: str | None = None, *says: str) -> Column:
 
 
 def _number(name: str, source: str | None = None, *says: str, whole: bool = False, adds: bool = True) -> Column:
-    key, words = source or name, _words(name)
+    key, words = source or name, words_of(name)
     cast = int if whole else float
 
     def take(record: Record) -> Value:
         value = record.get(key)
         return None if value in (None, "") else cast(value)  # type: ignore[arg-type]
 
-    return Column(name, "integer" if whole else "real", "number", take, _plural(words), says or (words,), adds)
+    return Column(name, "integer" if whole else "real", "number", take, plural_of(words), says or (words,), adds)
 
 
-def _day(text: str) -> date:
+def day_of(text: str) -> date:
+    """The day that one of the files' ways to write it means."""
     for pattern in ("%Y-%m-%d", "%Y/%m/%d", "%b %d %Y", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S"):
         try:
             return datetime.strptime(text, pattern).date()
@@ -131,11 +136,11 @@ def _day(text: str) -> date:
 
 
 def _date(name: str = "date", source: str = "date") -> Column:
-    return Column(name, "text", "date", lambda r: _day(r[source]).isoformat(), _plural(name), (_words(name),))
+    return Column(name, "text", "date", lambda r: day_of(r[source]).isoformat(), plural_of(name), (words_of(name),))
 
 
 def _level(name: str, take: Callable[[Record], int], role: Role = "level") -> Column:
-    return Column(name, "integer", role, take, _plural(_words(name)), (_words(name),))
+    return Column(name, "integer", role, take, plural_of(words_of(name)), (words_of(name),))
 
 
 def _year(source: str = "date", role: Role = "level") -> Column:
@@ -154,16 +159,16 @@ TABLES: tuple[Table, ...] = (
         _number("latitude", adds=False), _number("longitude", adds=False),
     ), every=3),
     Table("weather", ("seattle-weather.csv",), "days", (
-        _date(), _level("month", lambda r: _day(r["date"]).month), _number("precipitation"),
+        _date(), _level("month", lambda r: day_of(r["date"]).month), _number("precipitation"),
         _number("temp_max", adds=False), _number("temp_min", adds=False), _number("wind"),
         _category("weather"),
     )),
     Table("temperatures", ("seattle-temps.csv", "sf-temps.csv"), "readings", (
-        _category("city", "file city"), _date(), _level("month", lambda r: _day(r["date"]).month),
+        _category("city", "file city"), _date(), _level("month", lambda r: day_of(r["date"]).month),
         _level("hour", lambda r: int(r["date"].split()[1][:2])), _number("temperature", "temp", adds=False),
     ), every=5),
     Table("stocks", ("stocks.csv",), "quotes", (
-        _category("symbol"), _date(), _level("year", lambda r: _day(r["date"]).year), _number("price"),
+        _category("symbol"), _date(), _level("year", lambda r: day_of(r["date"]).year), _number("price"),
     )),
     Table("trading", ("ohlc.json",), "trading days", (
         _date(), _number("open", None, "open", "open price"), _number("high", None, "high", "high price"),
@@ -223,7 +228,7 @@ HELD_OUT_TABLES: tuple[Table, ...] = tuple(t for t in TABLES if t.held_out)
 _CITIES = {"seattle-temps.csv": "Seattle", "sf-temps.csv": "San Francisco"}
 
 
-def _folder() -> Path:
+def data_folder() -> Path:
     """The package's data folder; the package itself is not imported (it would bring pandas)."""
     spec = importlib.util.find_spec("vega_datasets")
     if spec is None or spec.origin is None:
@@ -235,7 +240,7 @@ def _folder() -> Path:
     return Path(spec.origin).parent / "_data"
 
 
-def _records(folder: Path, file: str) -> list[dict[str, Any]]:
+def records_of(folder: Path, file: str) -> list[dict[str, Any]]:
     with (folder / file).open(encoding="utf-8", newline="") as stream:
         records = json.load(stream) if file.endswith(".json") else list(csv.DictReader(stream))
     return [{**r, "row": n, "file city": _CITIES.get(file, "")} for n, r in enumerate(records, start=1)]
@@ -260,8 +265,8 @@ def connect() -> sqlite3.Connection:
 
 @cache
 def _rows(table: Table) -> tuple[tuple[Value, ...], ...]:
-    folder = _folder()
-    records = [r for file in table.files for r in _records(folder, file)[:: table.every]]
+    folder = data_folder()
+    records = [r for file in table.files for r in records_of(folder, file)[:: table.every]]
     rows = (tuple(c.take(r) for c in table.columns) for r in records)
     return tuple(row for row in rows if None not in row)
 

@@ -24,7 +24,8 @@ from text_to_sql import demo
 from text_to_sql.build import TEST_SPLITS
 from text_to_sql.demo_beside import Beside
 from text_to_sql.demo_show import SPLIT_NAMES, Show, clock, pick_examples, printable, rows_text
-from text_to_sql.demo_steps import Merged, WithinTime, tally, train
+from text_to_sql.demo_steps import Merged, tally
+from text_to_sql.demo_training import WithinTime, train
 from text_to_sql.score import Outcome
 
 STEPS, QUESTIONS = 2, 2

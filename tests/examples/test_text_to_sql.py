@@ -153,7 +153,7 @@ def test_tables_are_typed_and_clean():
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"vega_datasets.*deltaw\[examples\]"):
-        tables._folder()
+        tables.data_folder()
 
 
 def test_the_command_writes_the_splits(tmp_path, capsys):
