@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from deltaw import footprint
+
 
 def machine() -> str:
     """CPU, cores and date, for the head of a table."""
@@ -87,11 +89,11 @@ class PeakMemory:
 
 
 def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: memory is measured on Linux only")
+    """Anonymous memory of this process in bytes."""
+    held = footprint.anonymous()
+    if held is None:
+        raise RuntimeError("the system does not tell anonymous memory: it is measured on Linux only")
+    return held
 
 
 def own_process(script: str, *arguments: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ __all__ = [
     "is_checkpointing",
     "layer_index",
     "matches",
+    "modes_kept",
     "name_of",
     "parameter_sizes",
     "pattern_value",
@@ -134,3 +135,14 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, flag in kept:
             p.requires_grad_(flag)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode, training or evaluation, that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

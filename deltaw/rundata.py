@@ -193,16 +193,7 @@ def _limited(rows: Rows, limit: int | None, seed: int) -> Rows:
 
 def _settings(config: RunConfig, rows: Rows, tell: Tell) -> RenderSettings:
     """How the rows are rendered; the labels of a classification are those that the rows have."""
-    settings = RenderSettings(
-        max_length=config.max_length,
-        completion_only_loss=config.completion_only_loss,
-        assistant_only_loss=config.assistant_only_loss,
-        text_field=config.dataset_text_field,
-        last_turn_only_loss=config.last_turn_only_loss,
-        dataset_format=config.dataset_format,
-        overlong=config.overlong,
-        label_names=None if config.dataset_label_names is None else tuple(config.dataset_label_names),
-    )
+    settings = RenderSettings.of(config)  # the template is the tokenizer's by now
     kind = config.dataset_format
     counts = count_formats(rows, config.dataset_text_field) if kind == "auto" else {kind: len(rows)}
     tell("format: " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items()))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaw.cli.common import AsJson, bar_when_counted, emit, say, working
-from deltaw.cli.train import overrides_of
+from deltaw.cli.common import AsJson, bar_when_counted, emit, working
+from deltaw.cli.train import described
 from deltaw.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,11 +49,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Look at a run's data before training: what is learned, what is wrong, the cures. Exits with 1 if it stops."""
-    from deltaw.config import load_run_config
-
-    config = load_run_config(run, overrides_of(ctx))
-    for note in config.notes:
-        say().print(f"note: {note}", style="yellow", markup=False)
+    config = described(ctx, run)
     from deltaw.data.check_preview import pick, pieces
     from deltaw.rundata import read_data
 

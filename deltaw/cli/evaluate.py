@@ -137,15 +137,7 @@ def _settings(run: RunConfig | None, row: Row) -> RenderSettings:
     named, text_field = run.dataset_format, run.dataset_text_field
     if named != "auto" and any(row.get(column) is None for column in columns(named, text_field)[0]):
         named = "auto"  # these rows are written otherwise than those of the run
-    return RenderSettings(
-        max_length=None,
-        completion_only_loss=run.completion_only_loss,
-        assistant_only_loss=run.assistant_only_loss,
-        last_turn_only_loss=run.last_turn_only_loss,
-        text_field=text_field,
-        dataset_format=named,
-        label_names=None if run.dataset_label_names is None else tuple(run.dataset_label_names),
-    )
+    return RenderSettings.of(run, max_length=None, dataset_format=named)
 
 
 def _default_metrics(row: Row, settings: RenderSettings) -> list[str]:

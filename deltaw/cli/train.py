@@ -16,7 +16,9 @@ from deltaw.cli.options import config_options, split_overrides
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["TrainCommand", "overrides_of", "train"]
+    from deltaw.config import RunConfig
+
+__all__ = ["TrainCommand", "described", "train"]
 
 _OVERRIDES = "deltaw.overrides"
 
@@ -37,9 +39,14 @@ class TrainCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def overrides_of(ctx: typer.Context) -> dict[str, Any]:
-    """The keys of the run that stood on the command line."""
-    return ctx.meta.get(_OVERRIDES, {})
+def described(ctx: typer.Context, run: Path | None) -> RunConfig:
+    """The run, from its file and the keys that stood on the command line; what is worth noting about it is told."""
+    from deltaw.config import load_run_config
+
+    config = load_run_config(run, ctx.meta.get(_OVERRIDES, {}))
+    for note in config.notes:
+        say().print(f"note: {note}", style="yellow", markup=False)
+    return config
 
 
 def train(
@@ -59,11 +66,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune: from RUN.YAML and flags to an adapter that is saved, reloaded and verified."""
-    from deltaw.config import load_run_config
-
-    config = load_run_config(run, overrides_of(ctx))
-    for note in config.notes:
-        say().print(f"note: {note}", style="yellow", markup=False)
+    config = described(ctx, run)
     from deltaw.pipeline import check_run, run_training
     from deltaw.train.checkpoints import newest
     from deltaw.train.signals import Interrupted, Terminated

@@ -21,7 +21,7 @@ from deltaw.data.formats import Example, Message, to_example
 from deltaw.data.guard import Guard
 from deltaw.data.overlong import blocks, cut_right, shorten_prompt
 from deltaw.data.rendered import IGNORE, Rendered
-from deltaw.data.rows import where
+from deltaw.data.rows import Unrendered
 from deltaw.errors import ConfigError, DataError, did_you_mean
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 OVERLONG = ("error", "drop", "truncate_prompt", "truncate")
-SHOWN_ERRORS = 5
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,21 @@ class RenderSettings:
     overlong: str = "error"
     chat_template: str | None = None
     label_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, run: Any, **changed: Any) -> RenderSettings:
+        """As a run's description or a trainer's arguments have it, which name these things alike.
+
+        Args:
+            run: with ``max_length``, the ``..._loss`` settings, ``dataset_format``, ``overlong``,
+                ``dataset_text_field`` and ``dataset_label_names``.
+            changed: fields that shall differ.
+        """
+        alike = ("max_length", "completion_only_loss", "assistant_only_loss", "last_turn_only_loss", "dataset_format")
+        fields = {name: getattr(run, name) for name in (*alike, "overlong")}
+        labels = run.dataset_label_names
+        fields |= {"text_field": run.dataset_text_field, "label_names": None if labels is None else tuple(labels)}
+        return cls(**{**fields, **changed})
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
@@ -173,21 +187,15 @@ def render_all(
         DataError: one error for all bad rows: how many they are, and what is wrong with the first five.
     """
     done: list[Rendered] = []
-    faults: list[str] = []
-    bad = 0
+    faults = Unrendered()
     for i, row in enumerate(rows):
         try:
             done.append(render(row, tokenizer, settings))
         except DataError as error:
-            bad += 1
-            if len(faults) < SHOWN_ERRORS:
-                faults.append(f"{where(row, i)}: {error}")
+            faults.add(row, i, error)
         if progress is not None and ((i + 1) % 64 == 0 or i + 1 == len(rows)):
             progress(i + 1, len(rows))
-    if bad:
-        more = [f"... and {bad - len(faults)} more"] if bad > len(faults) else []
-        lines = "\n  ".join([*faults, *more])
-        raise DataError(f"{bad} of {len(rows)} rows cannot be rendered:\n  {lines}")
+    faults.raise_if_any(len(rows))
     return done
 
 

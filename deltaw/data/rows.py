@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from deltaw.errors import DataError
 
-__all__ = ["Fault", "Row", "SequenceOfRows", "as_rows", "class_names", "from_columns", "raise_faults", "where"]
+__all__ = [
+    "Fault", "Row", "SequenceOfRows", "Unrendered", "as_rows", "class_names", "from_columns", "raise_faults", "where",
+]  # fmt: skip
 
 SHOWN_FAULTS = 5
 
@@ -56,9 +59,38 @@ def where(row: Any, index: int) -> str:
 def raise_faults(act: str, faults: list[Fault]) -> None:
     """One DataError for all of them: how many, and what is wrong with the first five."""
     if faults:
-        more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-        lines = "\n  ".join([*map(str, faults[:SHOWN_FAULTS]), *more])
-        raise DataError(f"{act} has {len(faults)} broken row(s):\n  {lines}")
+        raise DataError(f"{act} has {len(faults)} broken row(s):{_listed([*map(str, faults)], len(faults))}")
+
+
+@dataclass
+class Unrendered:
+    """Rows that cannot be rendered: how many, and what is wrong with the first five."""
+
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def add(self, row: Any, index: int, error: DataError) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.shown) < SHOWN_FAULTS:
+            self.shown.append(f"{where(row, index)}: {error}")
+
+    def join(self, later: Unrendered) -> None:
+        """Those of the rows that follow."""
+        self.count += later.count
+        self.shown = [*self.shown, *later.shown][:SHOWN_FAULTS]
+
+    def raise_if_any(self, rows: int) -> None:
+        """One DataError for all of them, out of ``rows`` rows."""
+        if self.count:
+            raise DataError(f"{self.count} of {rows} rows cannot be rendered:{_listed(self.shown, self.count)}")
+
+
+def _listed(said: list[str], count: int) -> str:
+    """The first few, a line each, and how many more there are."""
+    lines = said[:SHOWN_FAULTS]
+    more = [f"... and {count - len(lines)} more"] if count > len(lines) else []
+    return "".join(f"\n  {line}" for line in [*lines, *more])
 
 
 def as_rows(dataset: Any) -> Sequence[dict[str, Any]]:

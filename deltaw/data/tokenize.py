@@ -10,14 +10,14 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltaw.data.cache import TokenCache, tokens_fingerprint
 from deltaw.data.render import DEFAULT_SETTINGS, RenderSettings, render_examples
-from deltaw.data.rows import where
+from deltaw.data.rows import Unrendered
 from deltaw.data.tokenfiles import MEMORY, TokenWriter
 from deltaw.data.tokens import TokenDataset
 from deltaw.errors import DataError
@@ -34,7 +34,6 @@ CHUNK_CHARACTERS = 1 << 20  # of a chunk's texts, about: long documents make sho
 ROW_WORK = 500  # a row costs about as much as so many characters
 PROCESS_WORK = 6_500_000  # characters, or rows for them, that are done before another process has started
 MOST_PROCESSES = 16  # by then this one has enough to do with handing out rows
-SHOWN_FAULTS = 5
 _SCRATCH = "deltaw-tokens-"
 _LOCAL_RANKS = "LOCAL_WORLD_SIZE"
 #: each process has one core, and so its libraries one thread
@@ -80,15 +79,15 @@ def tokenize_rows(
             tell(seen, total)
             return found
     work = _Renderer(tokenizer, settings)
-    faults, done = _Faults(), 0
+    faults, done = Unrendered(), 0
     with (
         TokenWriter(_scratch if kept is None else kept.new_folder, MEMORY if kept is None else 0) as writer,
         closing(_parts(work, rows, workers)) as parts,  # whatever happens, its processes end here
     ):
         for part in parts:
             done += part.rows
-            faults.add(part)
-            if not faults.bad:
+            faults.join(part.faults)
+            if not faults.count:
                 writer.add(part.tokens)
             tell(done, total)
         faults.raise_if_any(done)
@@ -110,8 +109,7 @@ class _Part(NamedTuple):
 
     rows: int
     tokens: TokenDataset
-    faults: list[str]  # of its first bad rows
-    bad: int
+    faults: Unrendered
 
 
 @dataclass(frozen=True)
@@ -122,37 +120,17 @@ class _Renderer:
     settings: RenderSettings
 
     def __call__(self, chunk: _Chunk) -> _Part:
-        examples, numbers, faults, bad, dropped = [], [], [], 0, 0
+        examples, numbers, faults, dropped = [], [], Unrendered(), 0
         for number, row in enumerate(chunk.rows, chunk.first):
             try:
                 made = render_examples(row, self.tokenizer, self.settings)
             except DataError as error:
-                bad += 1
-                if len(faults) < SHOWN_FAULTS:
-                    faults.append(f"{where(row, number)}: {error}")
+                faults.add(row, number, error)
                 continue
             dropped += not made
             examples += made
             numbers += [number] * len(made)
-        return _Part(len(chunk.rows), TokenDataset.of(examples, numbers, dropped=dropped), faults, bad)
-
-
-@dataclass
-class _Faults:
-    """What is wrong with all rows."""
-
-    shown: list[str] = field(default_factory=list)
-    bad: int = 0
-
-    def add(self, part: _Part) -> None:
-        self.bad += part.bad
-        self.shown += part.faults[: SHOWN_FAULTS - len(self.shown)]
-
-    def raise_if_any(self, rows: int) -> None:
-        if self.bad:
-            more = [f"... and {self.bad - len(self.shown)} more"] if self.bad > len(self.shown) else []
-            lines = "\n  ".join([*self.shown, *more])
-            raise DataError(f"{self.bad} of {rows} rows cannot be rendered:\n  {lines}")
+        return _Part(len(chunk.rows), TokenDataset.of(examples, numbers, dropped=dropped), faults)
 
 
 def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[_Chunk]:

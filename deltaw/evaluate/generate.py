@@ -16,6 +16,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from deltaw.data import RenderSettings, render_prompt, stop_token_ids
 from deltaw.errors import ConfigError, DataError
+from deltaw.modules import modes_kept
 
 __all__ = [
     "Prompt",
@@ -188,14 +189,9 @@ def as_prompt_ids(prompt: Prompt, tokenizer: Any, settings: RenderSettings | Non
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        yield
 
 
 class _Pieces(TextStreamer):

@@ -17,11 +17,10 @@ from transformers import Trainer
 
 from deltaw.data import Collator, EpochSampler, FlatCollator, PackedDataset, StreamedExamples, lengths_of
 from deltaw.errors import ConfigError, DataError
-from deltaw.model import PeftModel
 from deltaw.ops.attention import example_bounds
 from deltaw.train.fast import fast_blocks
 from deltaw.train.flat import BOUNDS, flat_inputs, require_flat
-from deltaw.train.parts import base_of
+from deltaw.train.parts import bare, base_of
 
 __all__ = ["Batches", "collator_for", "streamed", "training_rows"]
 
@@ -176,7 +175,7 @@ class Batches(Trainer):
         """As ``Trainer.floating_point_ops``, without walking through the whole model at each step."""
         if self._flops[0] != id(self.model):
             one = {"input_ids": torch.zeros(1, dtype=torch.int64)}
-            base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            base: Any = bare(self.model)  # type: ignore[arg-type]
             known = hasattr(base, "num_parameters")
             self._flops = (id(self.model), int(super().floating_point_ops(one)) if known else 0)
         tokens = inputs.get("input_ids")

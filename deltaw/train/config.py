@@ -149,14 +149,4 @@ class SFTConfig(TrainingArguments):
 
     def render_settings(self) -> RenderSettings:
         """The part of the config that decides how rows become tokens."""
-        return RenderSettings(
-            max_length=self.max_length,
-            completion_only_loss=self.completion_only_loss,
-            assistant_only_loss=self.assistant_only_loss,
-            text_field=self.dataset_text_field,
-            last_turn_only_loss=self.last_turn_only_loss,
-            dataset_format=self.dataset_format,
-            overlong=self.overlong,
-            chat_template=self.chat_template,
-            label_names=None if self.dataset_label_names is None else tuple(self.dataset_label_names),
-        )
+        return RenderSettings.of(self, chat_template=self.chat_template)

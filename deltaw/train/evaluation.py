@@ -8,8 +8,7 @@ rows or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from deltaw.data.render import IGNORE
 from deltaw.errors import ConfigError, did_you_mean
 from deltaw.evaluate.generate import generate_ids, text_of
 from deltaw.evaluate.metrics import exact_match, normalize
+from deltaw.modules import modes_kept
 from deltaw.ops.attention import example_bounds
 from deltaw.train.flat import BOUNDS, flat_inputs, require_flat
 from deltaw.train.loss import decoder_states
@@ -87,7 +87,7 @@ class TokenEvaluation(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As ``Trainer.evaluate``; neither random numbers nor the modes of modules change."""
-        with same_randomness(), _same_modes(self.model):  # type: ignore[arg-type]
+        with same_randomness(), modes_kept(self.model):  # type: ignore[arg-type]
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
@@ -256,14 +256,3 @@ def questions_of(dataset: Any, n: int, seed: int) -> list[tuple[list[int], list[
         if start > 1:  # the first token of a text is learned from nothing, and asks nothing
             found.append((ids[:start], ids[start:end]))
     return found
-
-
-@contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode, training or evaluation, that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from deltaw.errors import ConfigError, OutOfMemory
+from deltaw.footprint import anonymous, private
 from deltaw.modules import is_checkpointing
 from deltaw.optim import state_bytes
 from deltaw.optimizers import OPTIMIZERS
@@ -30,7 +31,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-__all__ = ["MemoryGuard", "Term", "anonymous", "limit_bytes", "limited", "ran_out"]
+__all__ = ["MemoryGuard", "Term", "limit_bytes", "limited", "ran_out"]
 
 #: how allocators say it where there is no class for it: PyTorch's own on a CPU, C++'s, oneDNN's
 _SAID = re.compile(
@@ -235,7 +236,7 @@ def limited(limit: int | None, device: torch.device) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
-    mapped = _status("VmData")
+    mapped = private()
     if resource is None or mapped is None:
         log.warning("memory_limit: this system cannot hold a process to it; the run goes on without a limit")
         yield
@@ -255,22 +256,6 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, OutOfMemory):
         return False  # told already
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_SAID.search(str(error)))
-
-
-def anonymous() -> int | None:
-    """Bytes of this process that no file backs, in memory now; None where the system does not tell."""
-    return _status("RssAnon")
-
-
-def _status(name: str) -> int | None:
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            for line in file:
-                if line.startswith(f"{name}:"):
-                    return 1024 * int(line.split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _in_use(device: torch.device) -> int:

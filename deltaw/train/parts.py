@@ -8,7 +8,12 @@ from transformers import PreTrainedModel
 from deltaw.errors import ModelError
 from deltaw.model import PeftModel
 
-__all__ = ["base_of", "decoder_of"]
+__all__ = ["bare", "base_of", "decoder_of"]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """``model`` without the adapters' wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -17,7 +22,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     Raises:
         ModelError: it is none.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = bare(model)
     if not isinstance(base, PreTrainedModel):
         raise ModelError(
             f"causal_lm_loss needs a causal language model of transformers, got {type(base).__name__}; "

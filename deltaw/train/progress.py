@@ -16,12 +16,9 @@ from typing import Any, TextIO
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from deltaw.footprint import resident
 
-__all__ = ["ProgressCallback", "resident"]
+__all__ = ["ProgressCallback"]
 
 # Where a log may carry its throughput and its count of tokens, the first that is there wins.
 _RATE_KEYS = ("tokens_per_second", "train_tokens_per_second")
@@ -255,20 +252,6 @@ def _memory() -> str:
         return f"{torch.cuda.memory_allocated() / _BYTES**3:.1f} GiB GPU"
     used = resident()
     return "" if math.isnan(used) else f"{used / _BYTES**3:.1f} GiB"
-
-
-def resident() -> float:
-    """Bytes of this process in memory; where the system does not tell, the largest it has been; else nan."""
-    try:
-        with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[1])
-        assert resource is not None
-        return pages * resource.getpagesize()
-    except (OSError, IndexError, ValueError):
-        if resource is None:
-            return math.nan
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts it in KiB
 
 
 def _clock(seconds: float) -> str:

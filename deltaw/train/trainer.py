@@ -19,7 +19,7 @@ from deltaw.adapters import PeftConfig
 from deltaw.data.templates import use_template
 from deltaw.errors import ConfigError, ModelError
 from deltaw.loading import load_model, load_tokenizer
-from deltaw.model import PeftModel, get_peft_model
+from deltaw.model import get_peft_model
 from deltaw.modules import dtype_of
 from deltaw.optim import optimizer_for, state_bytes
 from deltaw.train.batches import Batches, collator_for, training_rows
@@ -30,6 +30,7 @@ from deltaw.train.fast import compile_layers, fast_blocks
 from deltaw.train.loss import causal_lm_loss, require_fast_loss
 from deltaw.train.memory import MemoryGuard
 from deltaw.train.nonfinite import FiniteSteps
+from deltaw.train.parts import bare
 from deltaw.train.resume import Resumable
 from deltaw.train.runlog import RunLog
 from deltaw.train.steering import SteeringCallback
@@ -132,7 +133,7 @@ class SFTTrainer(Resumable, TokenEvaluation, FiniteSteps, MemoryGuard, Batches):
     def _own_args(self, args: SFTConfig, model: nn.Module) -> SFTConfig:
         """A copy of the arguments with what this trainer does itself taken out."""
         args = copy.copy(args)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = bare(model)
         half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype_of(base))  # type: ignore[arg-type]
         if half and args.mixed_precision == half:
             # the base computes in half precision by itself, over float32 adapters: autocast would only add casts
@@ -169,7 +170,7 @@ class SFTTrainer(Resumable, TokenEvaluation, FiniteSteps, MemoryGuard, Batches):
         return output
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base: Any = bare(self.model)  # type: ignore[arg-type]
         if self._compile:
             log.info("compiling %d layers one by one", compile_layers(base))
         if not self.fast:

@@ -234,7 +234,7 @@ def group_of(leader):
 
 MEMORY_SCRIPT = """
 import gc, json, sys
-from pathlib import Path
+from deltaw import footprint
 from deltaw.data import render_examples, tokenize, tokenize_rows
 from tinychat import tiny_tokenizer
 
@@ -242,8 +242,7 @@ tokenize.MEMORY = 4 << 20
 
 def anonymous():
     gc.collect()
-    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    return footprint.anonymous()
 
 def rows(n):
     for i in range(n):

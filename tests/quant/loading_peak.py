@@ -7,31 +7,25 @@ import json
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 
 from deltaw import NF4Config, load_model
+from deltaw.footprint import anonymous
 from deltaw.kbit import memory_of
-
-
-def anonymous() -> int:
-    """Bytes of this process that no file backs; the pages of a mapped file can be dropped at any time."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
 
 
 def main(folder: str, warm_up: str) -> None:
     torch.set_num_threads(1)
     config = NF4Config(bnb_4bit_use_double_quant=True)
     load_model(warm_up, quantization_config=config)  # what is imported and compiled on the way is not the model's
-    before = anonymous()
+    before = anonymous() or 0
     peak = [before]
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            peak[0] = max(peak[0], anonymous())
+            peak[0] = max(peak[0], anonymous() or 0)
             time.sleep(0.0005)
 
     watcher = threading.Thread(target=watch)

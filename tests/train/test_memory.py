@@ -14,7 +14,8 @@ from tinychat import tiny_model, tiny_tokenizer
 
 from deltaw import LoraConfig, SFTConfig, SFTTrainer
 from deltaw.errors import ConfigError, DeltawError, OutOfMemory
-from deltaw.train.memory import anonymous, limit_bytes, limited, ran_out
+from deltaw.footprint import anonymous
+from deltaw.train.memory import limit_bytes, limited, ran_out
 
 ROWS = [{"prompt": f"say {i}: ", "completion": "ab" * 20} for i in range(16)]
 CPU = torch.device("cpu")
