@@ -13,6 +13,7 @@ from pathlib import Path
 from deltaw.adapters import PeftConfig
 from deltaw.adapters.config import BASE_CLASSES
 from deltaw.atomic import write_text
+from deltaw.loading import BUILT_IN
 
 __all__ = ["MARK", "RunFacts", "write_card"]
 
@@ -61,8 +62,8 @@ def write_card(folder: Path, config: PeftConfig, run: RunFacts | None = None) ->
     task = str(config.task_type)
     pipeline, auto = PIPELINES.get(task), BASE_CLASSES.get(task, "AutoModel")
     method = str(config.peft_type).lower()
-    # a local folder is not an id of the hub, and the hub would refuse it
-    listed = base if base and not Path(base).exists() and base.count("/") <= 1 else ""
+    # neither a local folder nor a built-in name is an id of the hub, which would refuse it
+    listed = base if base and base not in BUILT_IN and not Path(base).exists() and base.count("/") <= 1 else ""
     header = [f"base_model: {json.dumps(listed)}"] if listed else []
     header.append("library_name: peft")
     if pipeline:
@@ -78,14 +79,22 @@ def write_card(folder: Path, config: PeftConfig, run: RunFacts | None = None) ->
         f"# {config.peft_type!s} adapter\n\n"
         f"A low-rank adapter for `{base or 'its base model'}`, in PEFT's format.\n\n"
         f"{_table('setting', 'value', {key: _cell(value) for key, value in settings.items()})}\n"
-        "```python\n"
+        f"```python\n{_loading(base, auto)}model = PeftModel.from_pretrained(base, 'this folder')\n```\n"
+        + ("" if run is None else _story(run))
+        + f"\n{MARK}\n",
+    )
+    return True
+
+
+def _loading(base: str, auto: str) -> str:
+    """Python that loads the base; a built-in one is made by deltaw alone."""
+    if base in BUILT_IN:
+        return f"from deltaw import PeftModel, load_model\n\nbase = load_model({base!r})\n"
+    return (
         f"from transformers import {auto}\n"
         "from deltaw import PeftModel  # or: from peft import PeftModel\n\n"
         f"base = {auto}.from_pretrained({base or 'base'!r})\n"
-        "model = PeftModel.from_pretrained(base, 'this folder')\n"
-        "```\n" + ("" if run is None else _story(run)) + f"\n{MARK}\n",
     )
-    return True
 
 
 def _story(run: RunFacts) -> str:

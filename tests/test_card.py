@@ -39,6 +39,16 @@ def test_a_folder_of_this_machine_is_not_announced_as_a_base_of_the_hub(tmp_path
     assert "pipeline_tag" not in values
 
 
+def test_a_built_in_base_is_loaded_by_deltaw_and_is_none_of_the_hub(tmp_path):
+    write_card(tmp_path, LoraConfig(base_model_name_or_path="smollm2-135m", task_type="CAUSAL_LM"))
+    values, text = header(tmp_path)
+    assert "base_model" not in values
+    assert not any(tag.startswith("base_model:") for tag in values["tags"])
+    program = text.split("```python\n")[1].split("```")[0]
+    assert "base = load_model('smollm2-135m')" in program
+    assert "transformers" not in program
+
+
 def test_a_quote_in_a_name_stays_yaml(tmp_path):
     write_card(tmp_path, LoraConfig(base_model_name_or_path='org/it\'s: "b"'))
     assert header(tmp_path)[0]["base_model"] == 'org/it\'s: "b"'

@@ -122,5 +122,5 @@ def _show(console: Console, done: Any) -> None:
             console.print(f"  {name:16} {results[key]:.4f}")
     console.print(f"  {'speed':16} {results['train_tokens_per_second']:,.0f} tokens/s")
     console.print(f"  {'trained':16} {results['trainable_params']:,} of {results['all_params']:,} parameters")
-    console.print(f"  {'reloaded':16} {done.parity}", markup=False)
+    console.print(f"  {'reloaded':16} {done.parity}", markup=False, soft_wrap=True)
     console.print(f"  talk to it: deltaw chat --adapter {done.output_dir}", markup=False, soft_wrap=True)
