@@ -73,16 +73,16 @@ def write_card(folder: Path, config: PeftConfig, run: RunFacts | None = None) ->
         header.append(f"- {json.dumps(f'base_model:adapter:{listed}')}")
     header += [f"- {method}", "- transformers", "- deltaw"]
     settings = {k: v for k, v in config.to_dict().items() if k in SHOWN and v not in (None, {}, [], False)}
-    write_text(
-        path,
-        "---\n" + "\n".join(header) + "\n---\n\n"
-        f"# {config.peft_type!s} adapter\n\n"
-        f"A low-rank adapter for `{base or 'its base model'}`, in PEFT's format.\n\n"
-        f"{_table('setting', 'value', {key: _cell(value) for key, value in settings.items()})}\n"
-        f"```python\n{_loading(base, auto)}model = PeftModel.from_pretrained(base, 'this folder')\n```\n"
-        + ("" if run is None else _story(run))
-        + f"\n{MARK}\n",
-    )
+    parts = [
+        "---\n" + "\n".join(header) + "\n---\n",
+        f"# {config.peft_type!s} adapter\n",
+        f"A low-rank adapter for `{base or 'its base model'}`, in PEFT's format.\n",
+        _table("setting", "value", {key: _cell(value) for key, value in settings.items()}),
+        f"```python\n{_loading(base, auto)}model = PeftModel.from_pretrained(base, 'this folder')\n```",
+        *([] if run is None else [_story(run).rstrip("\n")]),
+        f"\n{MARK}\n",
+    ]
+    write_text(path, "\n".join(parts))
     return True
 
 
