@@ -13,7 +13,7 @@ from pathlib import Path
 from deltaw.adapters import PeftConfig
 from deltaw.adapters.config import BASE_CLASSES
 from deltaw.atomic import write_text
-from deltaw.loading import BUILT_IN
+from deltaw.builtin import BUILT_IN
 
 __all__ = ["MARK", "RunFacts", "write_card"]
 

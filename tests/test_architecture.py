@@ -18,7 +18,7 @@ MAP = ROOT.parent / "docs" / "architecture.md"
 #: place -> floor. A place is a top-level module or package of deltaw; imports go to a lower floor.
 FLOORS = {
     **dict.fromkeys(["errors", "guises", "modules", "devices", "weights", "scratch", "presets", "provenance"], 0),
-    **dict.fromkeys(["methods", "footprint"], 0),
+    **dict.fromkeys(["methods", "footprint", "builtin"], 0),
     "atomic": 0,
     **dict.fromkeys(["held", "home", "workers"], 0),
     "findings": 1,

